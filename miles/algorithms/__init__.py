@@ -1,0 +1,1 @@
+"""Advantages, losses, importance corrections, KL: pure functions of tensors."""

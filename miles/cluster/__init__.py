@@ -1,0 +1,1 @@
+"""Where processes run: local supervision now, Slurm submission, ports, signals. No torch, no RL."""

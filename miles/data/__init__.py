@@ -1,0 +1,1 @@
+"""Prompts, samples, sampling order, chat templates, packing and data-parallel balance."""

@@ -1,0 +1,1 @@
+"""Starting and supervising inference servers; the embedded engine server."""

@@ -1,0 +1,1 @@
+"""Multi-turn environments, tools and agents (none yet)."""

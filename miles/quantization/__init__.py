@@ -1,0 +1,1 @@
+"""INT4 and FP8 formats (none yet)."""

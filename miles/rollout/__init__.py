@@ -1,0 +1,1 @@
+"""Engine client, routing over engines, the rollout manager, evaluation."""

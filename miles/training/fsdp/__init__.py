@@ -1,0 +1,1 @@
+"""The FSDP2 trainer backend on the Hugging Face implementation."""

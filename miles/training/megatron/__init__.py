@@ -1,0 +1,1 @@
+"""The megatron-core trainer backend, on CPU (gloo) and GPU (NCCL)."""

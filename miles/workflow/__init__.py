@@ -1,0 +1,1 @@
+"""Steps of a run: their fingerprints, their order, what is already done."""
