@@ -1,0 +1,371 @@
+"""The run file as pydantic models: every key a user may write, its type, bound, default and meaning.
+
+The string under a field is its documentation; `miles config explain KEY` and docs/reference/config.md print it.
+Top-level sections are the defaults of every step; a step's own section (`[steps.warmup.train]`) is merged over
+them before validation, so that each resolved step is complete in itself.
+Cross-field arithmetic lives here as validators; reading files, merging and error texts live in `miles.config.load`.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
+
+NonNegativeInt = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are errors, values are not coerced across types, instances are frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class Backend(StrEnum):
+    """Trainer implementation."""
+
+    MEGATRON = "megatron"
+    FSDP = "fsdp"
+
+
+class Dtype(StrEnum):
+    """Floating-point type of the parameters."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+class DataSection(Section):
+    """Where prompts come from. `data = "file.jsonl"` is short for `data.path`."""
+
+    path: str
+    """JSONL or Parquet file; `step:NAME/file` names an output of another step. Relative to the run file."""
+    prompt: str = "prompt"
+    """Column with the prompt: a string, or a list of chat messages (`[{"role": ..., "content": ...}]`)."""
+    label: str = "label"
+    """Column with the reference answer that the grader compares with."""
+    response: str = "response"
+    """Column with the demonstration, read by supervised steps only."""
+    metadata: str = "metadata"
+    """Column with a table of anything else; graders see it. Need not exist."""
+    id: str = "id"
+    """Column with a stable identifier; a hash of the row where the column does not exist."""
+    system: str | None = None
+    """System message put before prompts that are plain strings."""
+    chat_template: bool = True
+    """Apply the tokenizer's chat template. With `false`, a string prompt is tokenized as it is."""
+    template_args: dict[str, Any] = {}
+    """Extra arguments of the chat template, for example `{enable_thinking = false}`."""
+    max_prompt_tokens: PositiveInt | None = None
+    """Longest prompt; None: the model's context length minus the response length."""
+    too_long: Literal["error", "drop"] = "error"
+    """What to do with a prompt that is longer: stop before anything starts, or leave it out (counted in the log)."""
+    shuffle: bool = True
+    """Draw prompts in a new order every epoch (seeded); false: in file order."""
+
+
+class ModelSection(Section):
+    """Which model to train. `model = "DIR"` is short for `model.path`."""
+
+    path: str
+    """Hugging Face model directory (config, weights, tokenizer); `step:NAME/model` names a step's output."""
+    tokenizer: str | None = None
+    """Directory of the tokenizer, where it is not the model's."""
+    trust_remote_code: bool = False
+    """Run Python code shipped in the model directory."""
+
+
+class RewardSection(Section):
+    """One grader; several are added with their weights."""
+
+    grader: str
+    """`exact`, `math`, or a Python function as `package.module:function` or `path/file.py:function`."""
+    weight: float = 1.0
+    """Factor of this grader's score in the reward."""
+    args: dict[str, Any] = {}
+    """Keyword arguments of the grader."""
+    timeout: PositiveFloat = 30.0
+    """Seconds one call may take; a grader that takes longer scores `on_error`."""
+    on_error: Literal["stop", "zero"] = "stop"
+    """What a grader that raises or times out means: stop the run with its message, or score 0 (counted)."""
+
+
+class RolloutSection(Section):
+    """How responses are generated."""
+
+    prompts_per_step: PositiveInt = 32
+    """Prompts drawn for one training step."""
+    group_size: PositiveInt = 8
+    """Responses to each prompt (n; the group of the group-relative advantage)."""
+    max_response_tokens: PositiveInt = 1024
+    """Longest response; longer ones end with finish reason `length`."""
+    temperature: PositiveFloat = 1.0
+    """Sampling temperature. Log-probabilities are those of the temperature-scaled distribution, in engine and trainer."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Nucleus sampling. Values below 1 bias the importance ratio; 1 is recommended for training."""
+    top_k: int = -1
+    """Sample from the k most likely tokens only; -1: all."""
+    stop: list[str] = []
+    """Strings that end a response."""
+    stop_token_ids: list[int] = []
+    """Token ids that end a response, beside the model's end-of-sequence tokens."""
+    max_concurrent_groups: PositiveInt = 64
+    """Groups in flight at once over all engines."""
+    request_timeout: PositiveFloat = 1800.0
+    """Seconds after which a generation request counts as lost and is tried again."""
+    max_retries: NonNegativeInt = 3
+    """How often one request is tried again before the run stops."""
+
+
+class Aggregation(StrEnum):
+    """How token losses become one number."""
+
+    TOKEN_MEAN = "token-mean"
+    SEQUENCE_MEAN_TOKEN_MEAN = "seq-mean-token-mean"
+    SEQUENCE_MEAN_TOKEN_SUM_NORM = "seq-mean-token-sum-norm"
+
+
+class AlgorithmSection(Section):
+    """The policy-gradient objective."""
+
+    name: Literal["grpo"] = "grpo"
+    """GRPO (Shao et al. 2024, arXiv 2402.03300)."""
+    normalize_std: bool = True
+    """Divide the group-relative advantage by the group's standard deviation; false: Dr. GRPO's choice (2503.20783)."""
+    clip_low: PositiveFloat = 0.2
+    """The ratio is clipped below at 1 - clip_low."""
+    clip_high: PositiveFloat = 0.2
+    """The ratio is clipped above at 1 + clip_high (0.28 in DAPO, 2503.14476)."""
+    aggregation: Aggregation = Aggregation.TOKEN_MEAN
+    """`token-mean` (DAPO), `seq-mean-token-mean` (GRPO as published) or `seq-mean-token-sum-norm` (Dr. GRPO)."""
+    kl_coef: NonNegativeFloat = 0.0
+    """Weight of the KL penalty against the reference model in the loss; 0: no reference model is loaded."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Estimator of that KL (Schulman 2020)."""
+    entropy_coef: NonNegativeFloat = 0.0
+    """Weight of the entropy bonus."""
+    old_log_probs: Literal["trainer", "engine"] = "trainer"
+    """Denominator of the ratio: recomputed by the trainer before the update, or as the engine sampled."""
+    importance_correction: Literal["none", "tis"] = "tis"
+    """Correct the trainer/engine mismatch: truncated importance sampling per token (Yao et al. 2025), or not."""
+    tis_cap: PositiveFloat = 2.0
+    """Upper bound of the importance weight."""
+
+
+class Schedule(StrEnum):
+    """Learning rate after the warm-up."""
+
+    CONSTANT = "constant"
+    LINEAR = "linear"
+    COSINE = "cosine"
+
+
+class TrainSection(Section):
+    """The trainer: backend, parallelism, optimizer, budget."""
+
+    backend: Backend = Backend.MEGATRON
+    """`megatron` (megatron-core) or `fsdp` (FSDP2 on the Hugging Face implementation)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes the GPUs of the node where there are any."""
+    dtype: Dtype = Dtype.BFLOAT16
+    """Type of parameters and activations; gradients and optimizer states are float32."""
+    steps: PositiveInt = 100
+    """Training steps: rollout batches for RL, batches for supervised steps."""
+    batch_size: PositiveInt = 64
+    """Sequences of one supervised step. (RL: rollout.prompts_per_step x rollout.group_size.)"""
+    updates_per_step: PositiveInt = 1
+    """Optimizer updates that one rollout batch is divided into."""
+    max_tokens_per_micro_batch: PositiveInt = 8192
+    """Token budget of one forward and backward pass per rank."""
+    lr: PositiveFloat = 1e-6
+    """Peak learning rate."""
+    lr_schedule: Schedule = Schedule.CONSTANT
+    """Shape after the warm-up."""
+    lr_warmup_steps: NonNegativeInt = 0
+    """Steps over which the rate rises linearly from lr / lr_warmup_steps."""
+    min_lr: NonNegativeFloat = 0.0
+    """Where a decaying schedule ends."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay (AdamW)."""
+    adam_beta1: Fraction = 0.9
+    """Decay of the gradient's first moment."""
+    adam_beta2: Fraction = 0.95
+    """Decay of the gradient's second moment."""
+    adam_eps: PositiveFloat = 1e-8
+    """Added to the denominator."""
+    clip_grad: NonNegativeFloat = 1.0
+    """Bound of the gradient's L2 norm; 0: no clipping."""
+    tensor_parallel_size: PositiveInt = 1
+    """Ranks that share each layer's matrices (megatron)."""
+    pipeline_parallel_size: PositiveInt = 1
+    """Stages that the layers are divided into (megatron)."""
+    expert_parallel_size: PositiveInt = 1
+    """Ranks that the experts are divided over (megatron)."""
+    recompute: bool = False
+    """Recompute activations in the backward pass instead of keeping them."""
+    moe_aux_loss_coef: NonNegativeFloat = 0.0
+    """Weight of the router's load-balancing loss."""
+    log_prob_chunk_tokens: PositiveInt = 1024
+    """Tokens whose logits exist at once when log-probabilities are computed."""
+
+
+class EngineSection(Section):
+    """The inference servers."""
+
+    kind: Literal["auto", "embedded", "sglang"] = "auto"
+    """`auto`: sglang where there is a GPU, else the embedded engine."""
+    dtype: Dtype | None = None
+    """Type of the engine's weights; None: as train.dtype."""
+    context_length: PositiveInt | None = None
+    """Longest prompt plus response; None: the model's."""
+    max_running_requests: PositiveInt = 64
+    """Sequences decoded together."""
+    return_routed_experts: bool = False
+    """Record the experts that each token was routed to (MoE)."""
+    startup_timeout: PositiveFloat = 300.0
+    """Seconds a server may take until it answers."""
+    sync_bucket_mib: PositiveInt = 512
+    """Size of the buckets in which weights travel from the trainer to the engine."""
+    verify_sync: bool = True
+    """Compare checksums of the engine's tensors with the trainer's after every weight sync (embedded engine)."""
+    extra_args: list[str] = []
+    """Further command-line arguments of the SGLang server."""
+
+
+class EvalSection(Section):
+    """Evaluation: pass@1 and pass@k on held-out prompts."""
+
+    data: DataSection | None = None
+    """Held-out prompts; None: no evaluation."""
+    every: NonNegativeInt = 0
+    """Evaluate every that many RL steps, beside before the first and after the last; 0: never in between."""
+    samples: PositiveInt = 1
+    """Samples per prompt; the largest k of pass@k."""
+    pass_at: list[PositiveInt] = [1]
+    """The k of pass@k (unbiased estimator of Chen et al. 2021, arXiv 2107.03374)."""
+    pass_threshold: float = 1.0
+    """A sample passes when its reward is at least this."""
+    temperature: NonNegativeFloat = 1.0
+    """Sampling temperature; 0: greedy."""
+    max_prompts: PositiveInt | None = None
+    """Evaluate on the first that many prompts only."""
+
+
+class LocalSection(Section):
+    """Processes of `miles submit --local`."""
+
+    ranks: PositiveInt = 1
+    """Trainer processes (torch.distributed ranks)."""
+    engines: PositiveInt = 1
+    """Inference servers."""
+    threads: PositiveInt | None = None
+    """CPU threads of each trainer and engine process; None: all cores (they work in turns)."""
+
+
+class TrackingSection(Section):
+    """Where metrics go beside metrics.jsonl."""
+
+    tensorboard: bool = False
+    """Write TensorBoard events into the run directory."""
+    wandb_project: str | None = None
+    """Send metrics to this Weights & Biases project."""
+    samples_per_step: NonNegativeInt = 4
+    """Transcripts kept per step for the report."""
+
+
+class StepBase(Section):
+    """What all kinds of steps share."""
+
+    needs: list[str] = []
+    """Steps that must be done before; every `step:NAME/...` reference adds NAME by itself."""
+
+
+class TinyTaskStep(StepBase):
+    """Builds a tiny random model with its tokenizer, and data of a small verifiable task."""
+
+    kind: Literal["tiny-task"]
+    """Outputs: model/, demonstrations.jsonl, train.jsonl, heldout.jsonl."""
+    architecture: Literal["qwen3", "qwen3-moe"] = "qwen3-moe"
+    """Model family."""
+    task: Literal["sort", "add"] = "sort"
+    """`sort`: put six digits in order; `add`: sum of two numbers, least significant digit first."""
+    layers: PositiveInt = 2
+    """Transformer layers."""
+    hidden_size: PositiveInt = 128
+    """Width."""
+    experts: PositiveInt = 4
+    """Experts of an MoE layer; each token takes two."""
+    train_prompts: PositiveInt = 4096
+    """Rows of train.jsonl."""
+    heldout_prompts: PositiveInt = 256
+    """Rows of heldout.jsonl; none of them is in the other files."""
+
+
+class SftStep(StepBase):
+    """Supervised fine-tuning on prompt/response pairs. Output: model/."""
+
+    kind: Literal["sft"]
+    """Supervised fine-tuning."""
+    model: ModelSection
+    data: DataSection
+    train: TrainSection = TrainSection()
+    local: LocalSection = LocalSection()
+    tracking: TrackingSection = TrackingSection()
+
+
+class RlStep(StepBase):
+    """Reinforcement learning. Output: model/."""
+
+    kind: Literal["rl"]
+    """Reinforcement learning."""
+    model: ModelSection
+    data: DataSection
+    rewards: list[RewardSection] = [RewardSection(grader="exact")]
+    rollout: RolloutSection = RolloutSection()
+    algorithm: AlgorithmSection = AlgorithmSection()
+    train: TrainSection = TrainSection()
+    engine: EngineSection = EngineSection()
+    eval: EvalSection = EvalSection()
+    local: LocalSection = LocalSection()
+    tracking: TrackingSection = TrackingSection()
+
+
+class EvalStep(StepBase):
+    """Evaluation of a model on eval.data. Output: results.json."""
+
+    kind: Literal["eval"]
+    """Evaluation."""
+    model: ModelSection
+    rewards: list[RewardSection] = [RewardSection(grader="exact")]
+    rollout: RolloutSection = RolloutSection()
+    engine: EngineSection = EngineSection()
+    eval: EvalSection
+    local: LocalSection = LocalSection()
+
+
+class ReportStep(StepBase):
+    """The report of the whole run. Output: report.html and PNGs."""
+
+    kind: Literal["report"]
+    """Report."""
+
+
+Step = Annotated[
+    TinyTaskStep | SftStep | RlStep | EvalStep | ReportStep,
+    Field(discriminator="kind"),
+]
+
+
+class RunConfig(Section):
+    """A whole run file, resolved: every step complete in itself."""
+
+    name: str
+    """Name of the run and of its directory: letters, digits, `.`, `_`, `-`."""
+    seed: NonNegativeInt = 0
+    """Seed of everything random: data order, sampling, initial weights of built models."""
+    runs_dir: str = "runs"
+    """Directory that holds run directories. Relative to the working directory."""
+    steps: dict[str, Step]
+    """The steps by name. Without any, one `rl` step called `train` and a `report` step."""
