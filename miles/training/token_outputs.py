@@ -63,9 +63,10 @@ def linear_token_outputs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of the targets and entropy under softmax(hidden @ weight.T / temperature).
 
-    hidden [T, H], weight [V, H] of the same dtype, targets int64 [T]. Returns two float32 tensors [T] (float64
-    for float64 inputs), differentiable in hidden and weight. At most chunk_tokens x V logits exist at once; the
-    backward pass computes them again. Products accumulate in float32; logits are not rounded to bfloat16.
+    hidden [T, H], weight [V, H] of the same dtype, targets int64 [T]. Returns two float32 tensors [T]
+    (float64 for float64 inputs), differentiable in hidden and weight. At most chunk_tokens x V logits
+    exist at once; the backward pass computes them again. Products accumulate in float32; logits are not
+    rounded to bfloat16.
 
     With `group` the vocabulary is divided over its ranks in equal blocks of rows, in rank order; hidden,
     targets and the returned values are the same on every rank. The gradient of hidden is already summed over
@@ -112,7 +113,7 @@ class _LinearTokenOutputs(torch.autograd.Function):
     def backward(
         ctx: Any, log_probs_grad: torch.Tensor | None, entropy_grad: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
-        """z = logits / temperature: dlog p(y)/dz_v = [v = y] - p_v, dentropy/dz_v = -p_v (log p_v + entropy)."""
+        """With z = logits / T: dlog p(y)/dz_v = [v = y] - p_v and dentropy/dz_v = -p_v (log p_v + entropy)."""
         hidden, weight, columns, owned, normalizer, entropy = ctx.saved_tensors
         hidden_grad = torch.zeros_like(hidden, dtype=normalizer.dtype) if ctx.needs_input_grad[0] else None
         weight_grad = torch.zeros_like(weight, dtype=normalizer.dtype) if ctx.needs_input_grad[1] else None
