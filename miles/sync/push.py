@@ -1,0 +1,139 @@
+"""Trainer weights into every engine, bucket by bucket, and the proof that they arrived.
+
+All ranks take part in the export; rank 0 speaks HTTP. On a CPU rank 0's shared memory serves all engines. On GPUs an
+engine reads from the trainer rank that stands on the same device, so each rank contributes a CUDA IPC handle and
+engine i receives those of its own ranks, in world order.
+
+Owns the transfer only; the weights belong to the trainer, their names to `miles.models`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from miles.errors import EngineError
+from miles.sync.checksum import checksum
+from miles.sync.wire import Bucket, NamedTensors
+
+Post = Callable[[str, list[dict]], list[dict]]
+"""`post(path, bodies)`: send bodies[i] to engine i, all at once; the answers in the same order."""
+
+
+@dataclass(frozen=True, slots=True)
+class SyncStats:
+    """One transfer: tensors and bytes sent to each engine, wall seconds."""
+
+    tensors: int
+    bytes: int
+    seconds: float
+
+
+class WeightSync:
+    """Pushes weights to `engines` servers through `post` (rank 0 only; None on the others)."""
+
+    def __init__(
+        self, post: Post | None, *, engines: int, dtype: torch.dtype, bucket_bytes: int, verify: bool
+    ) -> None:
+        self._post = post
+        self._engines = engines
+        self._dtype = dtype
+        self._bucket_bytes = bucket_bytes
+        self._verify = verify
+
+    def push(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> SyncStats:
+        """Send all weights, cast to the engines' type, as `version`. Collective.
+
+        The engines must be idle (SGLang's caches are flushed with the last bucket). Raises EngineError when an engine
+        refuses a bucket, or when it then holds other bits than were sent.
+        """
+        start = time.perf_counter()
+        checksums: dict[str, str] = {}
+        tensors = total = 0
+        self._send("/begin_weight_update", {})
+        for named, last in _with_last(_buckets(self._cast(weights), self._bucket_bytes)):
+            bucket = Bucket(named)
+            tensors += len(named)
+            total += bucket.buffer.numel()
+            if self._verify and self._post is not None:
+                checksums.update({name: checksum(tensor) for name, tensor in named})
+            self._send_bucket(bucket, version, flush_cache=last)
+        self._send("/end_weight_update", {})
+        self._check(checksums)
+        return SyncStats(tensors=tensors, bytes=total, seconds=time.perf_counter() - start)
+
+    def _cast(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in weights:
+            yield name, tensor.detach().to(self._dtype)
+
+    def _send_bucket(self, bucket: Bucket, version: int, *, flush_cache: bool) -> None:
+        handles = self._handles(bucket)
+        if self._post is None or handles is None:
+            return
+        per_engine = len(handles) // self._engines if bucket.buffer.is_cuda else 0
+        bodies = [
+            {
+                "serialized_named_tensors": handles[i * per_engine : (i + 1) * per_engine] or handles,
+                "load_format": "flattened_bucket",
+                "flush_cache": flush_cache,
+                "weight_version": str(version),
+            }
+            for i in range(self._engines)
+        ]
+        for index, answer in enumerate(self._post("/update_weights_from_tensor", bodies)):
+            if not answer.get("success"):
+                raise EngineError(f"engine {index} refused weights of version {version}: {answer.get('message')}")
+
+    def _handles(self, bucket: Bucket) -> list[str] | None:
+        """On rank 0, one handle per trainer rank (GPU) or one for all (CPU)."""
+        if not bucket.buffer.is_cuda:
+            return [bucket.dumps()] if self._post is not None else None
+        torch.cuda.synchronize()
+        gathered: list[str] | None = [""] * dist.get_world_size() if dist.get_rank() == 0 else None
+        dist.gather_object(bucket.dumps(), gathered, dst=0)
+        return gathered
+
+    def _send(self, path: str, body: dict) -> None:
+        if self._post is not None:
+            self._post(path, [body] * self._engines)
+
+    def _check(self, sent: dict[str, str]) -> None:
+        """Compare the engines' own checksums with those of what was sent, name by name."""
+        if self._post is None or not self._verify:
+            return
+        for index, answer in enumerate(self._post("/weights_checker", [{"action": "checksum"}] * self._engines)):
+            held = answer["ranks"][0]["checksums"]
+            wrong = sorted(name for name in sent.keys() | held.keys() if sent.get(name) != held.get(name))
+            if wrong:
+                raise EngineError(
+                    f"engine {index} holds other weights than the trainer sent: {len(wrong)} of {len(held)} tensors "
+                    f"differ, first {wrong[0]}"
+                )
+
+
+def _buckets(weights: Iterable[tuple[str, torch.Tensor]], limit: int) -> Iterator[NamedTensors]:
+    """Consecutive tensors of at most `limit` bytes together; a larger tensor makes a bucket of its own."""
+    bucket: NamedTensors = []
+    size = 0
+    for name, tensor in weights:
+        if bucket and size + tensor.nbytes > limit:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append((name, tensor))
+        size += tensor.nbytes
+    if bucket:
+        yield bucket
+
+
+def _with_last(items: Iterable[NamedTensors]) -> Iterator[tuple[NamedTensors, bool]]:
+    """Each item with whether it is the last."""
+    iterator = iter(items)
+    current = next(iterator)
+    for following in iterator:
+        yield current, False
+        current = following
+    yield current, True

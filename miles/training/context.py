@@ -1,0 +1,47 @@
+"""What every step that runs on ranks is given: where it is, who it is, how it is told to stop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from miles.config.schema import Backend, TrainSection
+from miles.runs.paths import RunPaths
+from miles.training.backend import TrainerBackend
+from miles.training.distributed import StopRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """One step in one rank."""
+
+    name: str
+    seed: int
+    run_name: str
+    paths: RunPaths
+    device: torch.device
+    stop: StopRequest
+    engine_urls: list[str]
+
+    @property
+    def is_rank_zero(self) -> bool:
+        return dist.get_rank() == 0
+
+    @property
+    def output(self) -> Path:
+        """The directory of this step's outputs."""
+        return self.paths.step(self.name)
+
+
+def build_trainer(model_dir: Path, train: TrainSection, seed: int) -> TrainerBackend:
+    """The configured backend with the weights of `model_dir`. Collective."""
+    if train.backend is Backend.MEGATRON:
+        from miles.training.megatron.backend import MegatronBackend
+
+        return MegatronBackend(model_dir, train, seed)
+    from miles.training.fsdp.backend import FsdpBackend
+
+    return FsdpBackend(model_dir, train, seed)

@@ -1,0 +1,64 @@
+"""The process of one trainer rank: `python -m miles.training.worker --run-dir D --step NAME`.
+
+Started by the supervisor with torch.distributed's environment. Runs one `sft`, `rl` or `eval` step and leaves its
+outputs under steps/NAME/. A MilesError ends it with that error's exit code and one readable block on stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from miles.config.load import load_resolved
+from miles.config.schema import EvalStep, RlStep, SftStep
+from miles.errors import ConfigError
+from miles.runs.paths import RunPaths
+from miles.training.context import Context
+from miles.training.distributed import StopRequest, choose_device, process_group
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--step", required=True)
+    arguments = parser.parse_args()
+
+    config = load_resolved(arguments.run_dir)
+    step = config.steps[arguments.step]
+    device = choose_device(step.train.device) if isinstance(step, SftStep | RlStep) else choose_device("cpu")
+    with process_group(device):
+        context = Context(
+            name=arguments.step,
+            seed=config.seed,
+            run_name=config.name,
+            paths=RunPaths(arguments.run_dir),
+            device=device,
+            stop=StopRequest(),
+            engine_urls=[url for url in os.environ.get("MILES_ENGINE_URLS", "").split(",") if url],
+        )
+        run_step(context, step)
+
+
+def run_step(context: Context, step: object) -> None:
+    """Run one step of a kind that has ranks. Heavy modules are imported for the kind that needs them."""
+    match step:
+        case SftStep():
+            from miles.training.sft import train_supervised
+
+            train_supervised(context, step)
+        case RlStep():
+            from miles.training.loop import train
+            from miles.training.rl import ReinforcementLearning
+
+            train(ReinforcementLearning(context, step))
+        case EvalStep():
+            from miles.training.evaluation import evaluate_step
+
+            evaluate_step(context, step)
+        case _:
+            raise ConfigError(f"step '{context.name}' of kind '{getattr(step, 'kind', '?')}' has no ranks")
+
+
+if __name__ == "__main__":
+    main()
