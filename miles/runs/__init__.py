@@ -1,0 +1,1 @@
+"""The run directory: attempts ledger, metrics, rollout samples. Knows no algorithm."""
