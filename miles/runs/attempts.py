@@ -1,0 +1,97 @@
+"""attempts.jsonl: the ledger of attempts, the record of what was started, when it ended and why.
+
+An attempt is one start of one step. Its number is claimed by creating its log directory, which one process can
+do once; the ledger then gets one line when it starts and one when it ends. An attempt without an end line whose
+process is gone was killed.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from miles.runs.files import append_json, disk_errors, read_json_lines
+from miles.runs.paths import RunPaths
+
+
+class EndReason(StrEnum):
+    """Why an attempt ended."""
+
+    FINISHED = "finished"
+    STOPPED = "stopped"
+    """Asked to, by a signal."""
+    ENGINE_START = "engine-start"
+    """An engine did not come up."""
+    ENGINE_CRASH = "engine-crash"
+    """An engine died while the step ran."""
+    TRAINER_CRASH = "trainer-crash"
+    """A rank of the step died."""
+    FAILED = "failed"
+    """The step ended with an error that it explained itself, or could not be started."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One start of one step."""
+
+    number: int
+    step: str
+    host: str
+    started: float
+    """Unix time, in seconds."""
+    ended: float | None = None
+    """None: still running, or killed."""
+    reason: EndReason | None = None
+    detail: str = ""
+    """What a person should know about the end: the error's message."""
+    exit_code: int | None = None
+    """Exit code of the process that ran the step, as documented in docs/cli.md."""
+
+
+def begin_attempt(paths: RunPaths, step: str) -> int:
+    """Claim the next attempt number, create its log directory and write the start line; returns the number."""
+    with disk_errors(paths.all_logs):
+        paths.all_logs.mkdir(exist_ok=True)
+        number = 1 + max((int(path.name[8:]) for path in paths.all_logs.glob("attempt-*")), default=0)
+        while True:
+            try:
+                paths.logs(number).mkdir()
+                break
+            except FileExistsError:
+                number += 1
+        link = paths.all_logs / f".latest-{number}"
+        link.unlink(missing_ok=True)
+        link.symlink_to(paths.logs(number).name)
+        link.replace(paths.latest_logs)
+    start = {"event": "start", "attempt": number, "step": step, "time": time.time()}
+    append_json(paths.attempts, start | {"host": socket.gethostname(), "pid": os.getpid()})
+    return number
+
+
+def end_attempt(
+    paths: RunPaths, number: int, reason: EndReason, *, exit_code: int = 0, detail: str = ""
+) -> None:
+    """Write the end line of an attempt."""
+    end = {"event": "end", "attempt": number, "time": time.time(), "reason": reason.value}
+    append_json(paths.attempts, end | {"exit_code": exit_code, "detail": detail})
+
+
+def read_attempts(paths: RunPaths) -> list[Attempt]:
+    """All attempts by number."""
+    attempts: dict[int, Attempt] = {}
+    for record in read_json_lines(paths.attempts):
+        number = record["attempt"]
+        if record["event"] == "start":
+            attempts[number] = Attempt(number, record["step"], record["host"], record["time"])
+        else:
+            attempts[number] = replace(
+                attempts[number],
+                ended=record["time"],
+                reason=EndReason(record["reason"]),
+                detail=record["detail"],
+                exit_code=record["exit_code"],
+            )
+    return [attempts[number] for number in sorted(attempts)]

@@ -1,0 +1,113 @@
+"""Files of a run on disk: whole files replaced atomically, JSON lines appended, a torn last line tolerated.
+
+Owns how bytes get to the disk and how the operating system's refusals become a `RunError`. Knows no file of the
+run by name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from miles.errors import RunError
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn the disk's refusals (full, quota, read-only, no permission) into a RunError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        refused = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
+        if error.errno not in refused:
+            raise
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        fix = "free some space there, or set runs_dir to" if full else "make it writable, or set runs_dir to"
+        raise RunError(
+            f"cannot write {path}: {os.strerror(error.errno)}", fix=f"{fix} another directory"
+        ) from error
+
+
+def write_atomic(path: Path, text: str, *, mode: int = 0o644, durable: bool = True) -> None:
+    """Write a whole file so that readers, and a crash at any instant, see the old content or the new one.
+
+    `durable=False` skips the flush to the disk: for files that are rewritten often and restored by nobody.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with disk_errors(path):
+        try:
+            write_new(temporary, text, mode=mode, durable=durable)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        if durable:
+            sync_directory(path.parent)
+
+
+def write_new(path: Path, text: str, *, mode: int = 0o644, durable: bool = True) -> None:
+    """Create a file that must not exist yet. Raises FileExistsError."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        if durable:
+            os.fsync(file.fileno())
+
+
+def sync_directory(path: Path) -> None:
+    """Flush a directory, so that a rename in it survives a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def append_json(path: Path, record: dict[str, Any]) -> None:
+    """Append one JSON line in a single write, cutting off a torn line that a crash left at the end."""
+    line = json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
+    with disk_errors(path), path.open("ab+") as file:
+        _cut_torn_line(file.fileno())
+        file.write(line.encode())
+        file.flush()
+
+
+def _cut_torn_line(descriptor: int, block: int = 65536) -> None:
+    size = os.fstat(descriptor).st_size
+    if size == 0 or os.pread(descriptor, 1, size - 1) == b"\n":
+        return
+    end = size
+    while end > 0:
+        start = max(0, end - block)
+        newline = os.pread(descriptor, end - start, start).rfind(b"\n")
+        if newline >= 0:
+            os.ftruncate(descriptor, start + newline + 1)
+            return
+        end = start
+    os.ftruncate(descriptor, 0)
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """All whole lines of a JSON lines file; a last line without its newline is still being written and left out.
+
+    A missing file has no lines. Raises RunError for a damaged line that is not the last.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    records = []
+    for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise RunError(
+                f"{path}, line {number}: not JSON ({error})",
+                fix="remove that line: nothing of Miles wrote it",
+            ) from error
+    return records

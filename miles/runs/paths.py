@@ -1,0 +1,99 @@
+"""Where everything of a run lies. Owns names only: reads and writes nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+STEP_PREFIX = "step:"
+
+
+@dataclass(frozen=True, slots=True)
+class RunPaths:
+    """The files of one run directory."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved run file."""
+        return self.root / "run.toml"
+
+    @property
+    def attempts(self) -> Path:
+        """The ledger of attempts, JSON lines."""
+        return self.root / "attempts.jsonl"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON line per training step of every stage."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def progress(self) -> Path:
+        """What the running step is doing right now."""
+        return self.root / "progress.json"
+
+    @property
+    def samples(self) -> Path:
+        """Directory of transcripts, one directory per stage."""
+        return self.root / "samples"
+
+    @property
+    def steps(self) -> Path:
+        """Directory of the steps' outputs."""
+        return self.root / "steps"
+
+    @property
+    def secrets(self) -> Path:
+        """Directory (0700) of the run's secrets."""
+        return self.root / "secrets"
+
+    @property
+    def engine_token(self) -> Path:
+        """File (0600) with the bearer token of the run's engines."""
+        return self.secrets / "engine-token"
+
+    @property
+    def claims(self) -> Path:
+        """Directory of the files that say which process drives the run."""
+        return self.root / "claims"
+
+    @property
+    def all_logs(self) -> Path:
+        """Directory of the attempts' log directories."""
+        return self.root / "logs"
+
+    @property
+    def latest_logs(self) -> Path:
+        """Symbolic link to the newest attempt's log directory."""
+        return self.all_logs / "latest"
+
+    @property
+    def driver_log(self) -> Path:
+        """Log of the process that runs the workflow locally."""
+        return self.all_logs / "local.log"
+
+    @property
+    def driver_failure(self) -> Path:
+        """Why that process failed (`miles.runs.failures`)."""
+        return self.all_logs / "local.failure.json"
+
+    def logs(self, attempt: int) -> Path:
+        """Log directory of an attempt, counted from 1."""
+        return self.all_logs / f"attempt-{attempt:03d}"
+
+    def step(self, name: str) -> Path:
+        """Output directory of a step."""
+        return self.steps / name
+
+    def done(self, name: str) -> Path:
+        """The file that says that a step is done, and with which inputs."""
+        return self.step(name) / "done.json"
+
+    def resolve(self, reference: str) -> Path:
+        """`step:NAME/file` -> the file in that step's output directory; any other path unchanged."""
+        if not reference.startswith(STEP_PREFIX):
+            return Path(reference)
+        name, _, file = reference.removeprefix(STEP_PREFIX).partition("/")
+        return self.step(name) / file
