@@ -1,8 +1,8 @@
 """attempts.jsonl: the ledger of attempts, the record of what was started, when it ended and why.
 
-An attempt is one start of one step. Its number is claimed by creating its log directory, which one process can
-do once; the ledger then gets one line when it starts and one when it ends. An attempt without an end line whose
-process is gone was killed.
+An attempt is one start of one step. Its number is claimed by creating its log directory, which one process
+can do once; the ledger then gets one line when it starts and one when it ends. An attempt without an end
+line whose process is gone was killed.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Attempt:
 
 
 def begin_attempt(paths: RunPaths, step: str) -> int:
-    """Claim the next attempt number, create its log directory and write the start line; returns the number."""
+    """Claim the next attempt number, make its log directory, write the start line; returns the number."""
     with disk_errors(paths.all_logs):
         paths.all_logs.mkdir(exist_ok=True)
         number = 1 + max((int(path.name[8:]) for path in paths.all_logs.glob("attempt-*")), default=0)

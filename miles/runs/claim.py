@@ -1,8 +1,9 @@
 """The claim on a run: which process drives it. At most one does, without `flock`, on any shared file system.
 
-Claims are numbered files, `claims/000001.json`, and the highest number counts. A claim is taken by hard-linking a
-complete file to the next number, which exactly one process can do; it ends when its owner marks it released or is
-no longer alive. Numbers never go down, so a claimant that was overtaken cannot undo the newer claim.
+Claims are numbered files, `claims/000001.json`, and the highest number counts. A claim is taken by hard-
+linking a complete file to the next number, which exactly one process can do; it ends when its owner marks
+it released or is no longer alive. Numbers never go down, so a claimant that was overtaken cannot undo the
+newer claim.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Creating, opening and finding run directories. A run is a directory; a name is where it lies under `runs_dir`.
+"""Creating, opening and finding run directories: a run is a directory, named under `runs_dir`.
 
 Owns what a run directory must be before anything runs in it: complete or absent, written with the resolved
 config, equal to it when it is opened again. Who may run in it belongs to `miles.runs.claim`.
@@ -12,12 +12,14 @@ import secrets
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from miles.config.schema import RunConfig
 from miles.errors import RunError, did_you_mean
 from miles.runs.files import disk_errors, sync_directory, write_new
 from miles.runs.paths import RunPaths
+
+if TYPE_CHECKING:
+    from miles.config.schema import RunConfig
 
 MIN_FREE_BYTES = 256 * 2**20
 """A run is not started with less free space: less than one small model and its logs."""
@@ -31,8 +33,8 @@ def run_directory(config: RunConfig) -> RunPaths:
 def create_run(config: RunConfig, *, min_free_bytes: int = MIN_FREE_BYTES) -> RunPaths:
     """Create the run's directory, or open it when the run exists with an equal config.
 
-    Raises RunError when the config differs (naming every field), the disk is nearly full or not writable; then
-    nothing is left behind.
+    Raises RunError when the config differs (naming every field), the disk is nearly full or not writable;
+    then nothing is left behind.
     """
     paths = run_directory(config)
     if not paths.root.exists():
@@ -54,13 +56,13 @@ def check_config(paths: RunPaths, config: RunConfig) -> None:
         lines = (f"  {key}: {_show(old, key)} in the run, {_show(new, key)} now" for key in differing)
         raise RunError(
             f"run '{config.name}' exists with another config ({paths.root}):\n" + "\n".join(lines),
-            fix="undo the change to continue the run, `--set name=NEW` to start another one, or `--fresh` to set "
-            "the old one aside",
+            fix="undo the change to continue the run, `--set name=NEW` to start another one, or `--fresh` "
+            "to set the old one aside",
         )
 
 
 def set_aside(paths: RunPaths) -> Path:
-    """Rename an existing run directory to the first free `NAME.old-1`, `NAME.old-2` ...; returns the new path."""
+    """Rename a run directory to the first free `NAME.old-1`, `NAME.old-2` ...; returns the new path."""
     number = 1
     while (aside := paths.root.with_name(f"{paths.root.name}.old-{number}")).exists():
         number += 1

@@ -1,8 +1,9 @@
 """How a process of a run tells its parent what went wrong: a small JSON file beside its log.
 
 An exit code and a log are not enough to show a person one clear message. A process that is started with
-`MILES_FAILURE_FILE` in its environment writes the MilesError that ended it there; the parent reads it and raises
-the same error. A process that dies of anything else leaves no file, and the parent shows the end of its log.
+`MILES_FAILURE_FILE` in its environment writes the MilesError that ended it there; the parent reads it and
+raises the same error. A process that dies of anything else leaves no file, and the parent shows the end of
+its log.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Files of a run on disk: whole files replaced atomically, JSON lines appended, a torn last line tolerated.
 
-Owns how bytes get to the disk and how the operating system's refusals become a `RunError`. Knows no file of the
-run by name.
+Owns how bytes get to the disk and how the operating system's refusals become a `RunError`. Knows no file of
+the run by name.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from miles.errors import RunError
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn the disk's refusals (full, quota, read-only, no permission) into a RunError that names the file."""
+    """Turn the disk's refusals (full, read-only, no permission) into a RunError that names the file."""
     try:
         yield
     except OSError as error:
@@ -93,7 +93,7 @@ def _cut_torn_line(descriptor: int, block: int = 65536) -> None:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a JSON lines file; a last line without its newline is still being written and left out.
+    """All whole lines of a JSON lines file; a last one without its newline is being written and left out.
 
     A missing file has no lines. Raises RunError for a damaged line that is not the last.
     """

@@ -1,6 +1,7 @@
 """metrics.jsonl: one line per training step of every stage.
 
-Owns the file's format. What the names mean belongs to those who write them (docs/run-directory.md lists them).
+Owns the file's format. What the names mean belongs to those who write them (docs/run-directory.md lists
+them).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""progress.json: what the running step is doing right now, for people who watch. Nothing is restored from it."""
+"""progress.json: what the running step is doing right now, for those who watch; never restored from."""
 
 from __future__ import annotations
 
