@@ -113,7 +113,7 @@ class _LinearTokenOutputs(torch.autograd.Function):
     def backward(
         ctx: Any, log_probs_grad: torch.Tensor | None, entropy_grad: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
-        """With z = logits / T: dlog p(y)/dz_v = [v = y] - p_v and dentropy/dz_v = -p_v (log p_v + entropy)."""
+        """With z = logits / T: dlog p(y)/dz_v = [v = y] - p_v, dentropy/dz_v = -p_v (log p_v + entropy)."""
         hidden, weight, columns, owned, normalizer, entropy = ctx.saved_tensors
         hidden_grad = torch.zeros_like(hidden, dtype=normalizer.dtype) if ctx.needs_input_grad[0] else None
         weight_grad = torch.zeros_like(weight, dtype=normalizer.dtype) if ctx.needs_input_grad[1] else None
