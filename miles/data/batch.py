@@ -1,12 +1,12 @@
-"""Tensors that a trainer consumes: one `Sequence` per sample, `MicroBatch` for several of them packed end to end.
+"""Tensors that a trainer consumes: a `Sequence` per sample, `MicroBatch` for several packed end to end.
 
-Alignment, everywhere: index t of every per-token field speaks about token t being *predicted* from tokens < t.
-So `log_probs[t] = log p(tokens[t] | tokens[:t])`, and index 0 of every sequence is never trained on (its mask and
-weight are 0).
+Alignment, everywhere: index t of every per-token field speaks about token t being *predicted* from tokens <
+t. So `log_probs[t] = log p(tokens[t] | tokens[:t])`, and index 0 of every sequence is never trained on (its
+mask and weight are 0).
 
-Weights: `weights[t]` already contains the loss aggregation over the *global* batch (for example 1/total tokens for
-a token mean). The loss of a batch is therefore the plain sum over all micro-batches and data-parallel ranks, which
-makes loss and gradient independent of how the batch was split.
+Weights: `weights[t]` already contains the loss aggregation over the *global* batch (for example 1/total
+tokens for a token mean). The loss of a batch is therefore the plain sum over all micro-batches and
+data-parallel ranks, which makes loss and gradient independent of how the batch was split.
 
 Shape legend: T tokens of a micro-batch, S sequences in it.
 """
@@ -57,6 +57,11 @@ class MicroBatch:
     @property
     def lengths(self) -> list[int]:
         return (self.cu_seqlens[1:] - self.cu_seqlens[:-1]).tolist()
+
+    @property
+    def is_dummy(self) -> bool:
+        """Nothing in it is trained on; see `miles.data.packing`."""
+        return self.indices == [-1]
 
     @property
     def max_length(self) -> int:
