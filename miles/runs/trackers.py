@@ -1,6 +1,6 @@
 """Metrics in other people's tools: TensorBoard event files and Weights & Biases runs.
 
-Both only repeat what `metrics.jsonl` already holds; nothing in Miles reads them back. The packages are extras, so
+Both repeat what `metrics.jsonl` already holds; nothing in Miles reads them back. The packages are extras:
 their absence is reported by `check_trackers` before anything starts, and they are imported when first needed.
 """
 
@@ -38,8 +38,8 @@ def check_trackers(section: TrackingSection) -> None:
 class Trackers:
     """The trackers that `section` asks for; without any, every method does nothing.
 
-    One process of a run holds one. The stages of a run (its sft and rl steps) become TensorBoard runs beside each
-    other, and name prefixes with a step axis of their own in the one Weights & Biases run.
+    One process of a run holds one. The stages of a run (its sft and rl steps) become TensorBoard runs beside
+    each other, and name prefixes with a step axis of their own in the one Weights & Biases run.
     """
 
     def __init__(self, paths: RunPaths, section: TrackingSection, run_name: str) -> None:
@@ -51,7 +51,7 @@ class Trackers:
             self._wandb = _Wandb(paths, section.wandb_project, run_name)
 
     def log(self, stage: str, step: int, values: dict[str, float]) -> None:
-        """Record the values of one step; a step that is logged again after a resume replaces the earlier one."""
+        """Record one step's values; a step that is logged again after a resume replaces the earlier one."""
         if self._tensorboard is not None:
             self._tensorboard.log(stage, step, values)
         if self._wandb is not None:
