@@ -42,6 +42,8 @@ class Attempt:
     host: str
     started: float
     """Unix time, in seconds."""
+    note: str = ""
+    """What a person should know about the start."""
     ended: float | None = None
     """None: still running, or killed."""
     reason: EndReason | None = None
@@ -51,7 +53,7 @@ class Attempt:
     """Exit code of the process that ran the step, as documented in docs/cli.md."""
 
 
-def begin_attempt(paths: RunPaths, step: str) -> int:
+def begin_attempt(paths: RunPaths, step: str, *, note: str = "") -> int:
     """Claim the next attempt number, make its log directory, write the start line; returns the number."""
     with disk_errors(paths.all_logs):
         paths.all_logs.mkdir(exist_ok=True)
@@ -66,7 +68,7 @@ def begin_attempt(paths: RunPaths, step: str) -> int:
         link.unlink(missing_ok=True)
         link.symlink_to(paths.logs(number).name)
         link.replace(paths.latest_logs)
-    start = {"event": "start", "attempt": number, "step": step, "time": time.time()}
+    start = {"event": "start", "attempt": number, "step": step, "time": time.time(), "note": note}
     append_json(paths.attempts, start | {"host": socket.gethostname(), "pid": os.getpid()})
     return number
 
@@ -85,7 +87,7 @@ def read_attempts(paths: RunPaths) -> list[Attempt]:
     for record in read_json_lines(paths.attempts):
         number = record["attempt"]
         if record["event"] == "start":
-            attempts[number] = Attempt(number, record["step"], record["host"], record["time"])
+            attempts[number] = Attempt(number, record["step"], record["host"], record["time"], record["note"])
         else:
             attempts[number] = replace(
                 attempts[number],
