@@ -1,26 +1,37 @@
 """The run file as pydantic models: every key a user may write, its type, bound, default and meaning.
 
-The string under a field is its documentation; `miles config explain KEY` and docs/reference/config.md print it.
-Top-level sections are the defaults of every step; a step's own section (`[steps.warmup.train]`) is merged over
-them before validation, so that each resolved step is complete in itself.
-Cross-field arithmetic lives here as validators; reading files, merging and error texts live in `miles.config.load`.
+The string under a field is its documentation: `miles config explain KEY` and docs/reference/config.md print it.
+Top-level sections are the defaults of every step; a step's own section (`[steps.warmup.train]`) is merged
+over them before validation, so that each resolved step is complete in itself.
+Bounds of single values live here; arithmetic between values in `miles.config.rules`, merging in
+`miles.config.steps`.
 """
 
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 NonNegativeInt = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
+FromString = Field(strict=False)
+"""For enums: TOML has only their strings, which strict mode would refuse."""
 
 
 class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, values are not coerced across types, instances are frozen."""
+    """Base of all sections: unknown keys are errors, nothing is coerced across types, instances are frozen."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        # RunConfig's validator contains all others; building each section's own at import costs 0.1 s.
+        defer_build=True,
+    )
 
 
 class Backend(StrEnum):
@@ -61,7 +72,7 @@ class DataSection(Section):
     max_prompt_tokens: PositiveInt | None = None
     """Longest prompt; None: the model's context length minus the response length."""
     too_long: Literal["error", "drop"] = "error"
-    """What to do with a prompt that is longer: stop before anything starts, or leave it out (counted in the log)."""
+    """A longer prompt stops the run before anything starts, or is left out (counted in the log)."""
     shuffle: bool = True
     """Draw prompts in a new order every epoch (seeded); false: in file order."""
 
@@ -92,6 +103,14 @@ class RewardSection(Section):
     """What a grader that raises or times out means: stop the run with its message, or score 0 (counted)."""
 
 
+Rewards = Annotated[list[RewardSection], Field(min_length=1)]
+
+
+def exact_match() -> list[RewardSection]:
+    """The reward of a step that names none."""
+    return [RewardSection(grader="exact")]
+
+
 class RolloutSection(Section):
     """How responses are generated."""
 
@@ -102,7 +121,7 @@ class RolloutSection(Section):
     max_response_tokens: PositiveInt = 1024
     """Longest response; longer ones end with finish reason `length`."""
     temperature: PositiveFloat = 1.0
-    """Sampling temperature. Log-probabilities are those of the temperature-scaled distribution, in engine and trainer."""
+    """Sampling temperature. Engine and trainer both take log-probabilities of the temperature-scaled distribution."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Nucleus sampling. Values below 1 bias the importance ratio; 1 is recommended for training."""
     top_k: int = -1
@@ -133,13 +152,13 @@ class AlgorithmSection(Section):
     name: Literal["grpo"] = "grpo"
     """GRPO (Shao et al. 2024, arXiv 2402.03300)."""
     normalize_std: bool = True
-    """Divide the group-relative advantage by the group's standard deviation; false: Dr. GRPO's choice (2503.20783)."""
+    """Divide the advantage by the group's standard deviation; false: Dr. GRPO's choice (arXiv 2503.20783)."""
     clip_low: PositiveFloat = 0.2
     """The ratio is clipped below at 1 - clip_low."""
     clip_high: PositiveFloat = 0.2
     """The ratio is clipped above at 1 + clip_high (0.28 in DAPO, 2503.14476)."""
-    aggregation: Aggregation = Aggregation.TOKEN_MEAN
-    """`token-mean` (DAPO), `seq-mean-token-mean` (GRPO as published) or `seq-mean-token-sum-norm` (Dr. GRPO)."""
+    aggregation: Annotated[Aggregation, FromString] = Aggregation.TOKEN_MEAN
+    """How token losses become one: DAPO's, GRPO's as published, or Dr. GRPO's, in this order."""
     kl_coef: NonNegativeFloat = 0.0
     """Weight of the KL penalty against the reference model in the loss; 0: no reference model is loaded."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
@@ -149,7 +168,7 @@ class AlgorithmSection(Section):
     old_log_probs: Literal["trainer", "engine"] = "trainer"
     """Denominator of the ratio: recomputed by the trainer before the update, or as the engine sampled."""
     importance_correction: Literal["none", "tis"] = "tis"
-    """Correct the trainer/engine mismatch: truncated importance sampling per token (Yao et al. 2025), or not."""
+    """Correct the trainer/engine mismatch by truncated importance sampling per token (Yao et al. 2025)."""
     tis_cap: PositiveFloat = 2.0
     """Upper bound of the importance weight."""
 
@@ -165,11 +184,11 @@ class Schedule(StrEnum):
 class TrainSection(Section):
     """The trainer: backend, parallelism, optimizer, budget."""
 
-    backend: Backend = Backend.MEGATRON
+    backend: Annotated[Backend, FromString] = Backend.MEGATRON
     """`megatron` (megatron-core) or `fsdp` (FSDP2 on the Hugging Face implementation)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes the GPUs of the node where there are any."""
-    dtype: Dtype = Dtype.BFLOAT16
+    dtype: Annotated[Dtype, FromString] = Dtype.BFLOAT16
     """Type of parameters and activations; gradients and optimizer states are float32."""
     steps: PositiveInt = 100
     """Training steps: rollout batches for RL, batches for supervised steps."""
@@ -181,7 +200,7 @@ class TrainSection(Section):
     """Token budget of one forward and backward pass per rank."""
     lr: PositiveFloat = 1e-6
     """Peak learning rate."""
-    lr_schedule: Schedule = Schedule.CONSTANT
+    lr_schedule: Annotated[Schedule, FromString] = Schedule.CONSTANT
     """Shape after the warm-up."""
     lr_warmup_steps: NonNegativeInt = 0
     """Steps over which the rate rises linearly from lr / lr_warmup_steps."""
@@ -189,9 +208,9 @@ class TrainSection(Section):
     """Where a decaying schedule ends."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay (AdamW)."""
-    adam_beta1: Fraction = 0.9
+    adam_beta1: Decay = 0.9
     """Decay of the gradient's first moment."""
-    adam_beta2: Fraction = 0.95
+    adam_beta2: Decay = 0.95
     """Decay of the gradient's second moment."""
     adam_eps: PositiveFloat = 1e-8
     """Added to the denominator."""
@@ -216,7 +235,7 @@ class EngineSection(Section):
 
     kind: Literal["auto", "embedded", "sglang"] = "auto"
     """`auto`: sglang where there is a GPU, else the embedded engine."""
-    dtype: Dtype | None = None
+    dtype: Annotated[Dtype, FromString] | None = None
     """Type of the engine's weights; None: as train.dtype."""
     context_length: PositiveInt | None = None
     """Longest prompt plus response; None: the model's."""
@@ -229,7 +248,7 @@ class EngineSection(Section):
     sync_bucket_mib: PositiveInt = 512
     """Size of the buckets in which weights travel from the trainer to the engine."""
     verify_sync: bool = True
-    """Compare checksums of the engine's tensors with the trainer's after every weight sync (embedded engine)."""
+    """Compare checksums of the engine's and the trainer's tensors after every sync (embedded engine)."""
     extra_args: list[str] = []
     """Further command-line arguments of the SGLang server."""
 
@@ -278,12 +297,17 @@ class TrackingSection(Section):
 class StepBase(Section):
     """What all kinds of steps share."""
 
+    outputs: ClassVar[tuple[str, ...]] = ()
+    """Files that the step leaves under steps/NAME/ and that `step:NAME/...` may refer to."""
+
     needs: list[str] = []
     """Steps that must be done before; every `step:NAME/...` reference adds NAME by itself."""
 
 
 class TinyTaskStep(StepBase):
     """Builds a tiny random model with its tokenizer, and data of a small verifiable task."""
+
+    outputs: ClassVar[tuple[str, ...]] = ("model", "demonstrations.jsonl", "train.jsonl", "heldout.jsonl")
 
     kind: Literal["tiny-task"]
     """Outputs: model/, demonstrations.jsonl, train.jsonl, heldout.jsonl."""
@@ -306,47 +330,55 @@ class TinyTaskStep(StepBase):
 class SftStep(StepBase):
     """Supervised fine-tuning on prompt/response pairs. Output: model/."""
 
+    outputs: ClassVar[tuple[str, ...]] = ("model",)
+
     kind: Literal["sft"]
     """Supervised fine-tuning."""
     model: ModelSection
     data: DataSection
-    train: TrainSection = TrainSection()
-    local: LocalSection = LocalSection()
-    tracking: TrackingSection = TrackingSection()
+    train: TrainSection = Field(default_factory=TrainSection)
+    local: LocalSection = Field(default_factory=LocalSection)
+    tracking: TrackingSection = Field(default_factory=TrackingSection)
 
 
 class RlStep(StepBase):
     """Reinforcement learning. Output: model/."""
 
+    outputs: ClassVar[tuple[str, ...]] = ("model",)
+
     kind: Literal["rl"]
     """Reinforcement learning."""
     model: ModelSection
     data: DataSection
-    rewards: list[RewardSection] = [RewardSection(grader="exact")]
-    rollout: RolloutSection = RolloutSection()
-    algorithm: AlgorithmSection = AlgorithmSection()
-    train: TrainSection = TrainSection()
-    engine: EngineSection = EngineSection()
-    eval: EvalSection = EvalSection()
-    local: LocalSection = LocalSection()
-    tracking: TrackingSection = TrackingSection()
+    rewards: Rewards = Field(default_factory=exact_match)
+    rollout: RolloutSection = Field(default_factory=RolloutSection)
+    algorithm: AlgorithmSection = Field(default_factory=AlgorithmSection)
+    train: TrainSection = Field(default_factory=TrainSection)
+    engine: EngineSection = Field(default_factory=EngineSection)
+    eval: EvalSection = Field(default_factory=EvalSection)
+    local: LocalSection = Field(default_factory=LocalSection)
+    tracking: TrackingSection = Field(default_factory=TrackingSection)
 
 
 class EvalStep(StepBase):
     """Evaluation of a model on eval.data. Output: results.json."""
 
+    outputs: ClassVar[tuple[str, ...]] = ("results.json",)
+
     kind: Literal["eval"]
     """Evaluation."""
     model: ModelSection
-    rewards: list[RewardSection] = [RewardSection(grader="exact")]
-    rollout: RolloutSection = RolloutSection()
-    engine: EngineSection = EngineSection()
+    rewards: Rewards = Field(default_factory=exact_match)
+    rollout: RolloutSection = Field(default_factory=RolloutSection)
+    engine: EngineSection = Field(default_factory=EngineSection)
     eval: EvalSection
-    local: LocalSection = LocalSection()
+    local: LocalSection = Field(default_factory=LocalSection)
 
 
 class ReportStep(StepBase):
-    """The report of the whole run. Output: report.html and PNGs."""
+    """The report of the whole run; needs every other step where `needs` is not written. Output: report.html, PNGs."""
+
+    outputs: ClassVar[tuple[str, ...]] = ("report.html",)
 
     kind: Literal["report"]
     """Report."""

@@ -1,0 +1,100 @@
+"""A run file in, a `RunConfig` out: the way from TOML to steps that are complete in themselves.
+
+Owns the order of events only; each arrow is one module:
+files -> overrides -> steps -> validate -> rules -> model_checks -> `RunConfig`, or one error with every problem.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import tomli_w
+from pydantic import ValidationError
+
+from miles.config.fields import SECTIONS, kinds_with
+from miles.config.files import read_tree
+from miles.config.overrides import apply_override, parse_override
+from miles.config.problems import InvalidConfigError, Problem
+from miles.config.schema import RunConfig
+from miles.config.source import Node, Place, dotted, parse
+from miles.config.steps import complete_steps, kind_of, with_default_steps
+from miles.config.validate import structure_problems, unused_section_problems, value_problems
+from miles.errors import RunError
+
+
+def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read, merge and check a user's run file.
+
+    Args:
+        path: the TOML file. Relative paths in it start at its own directory.
+        overrides: `--set` arguments such as `train.lr=2e-6`. Relative paths in them start at the working directory.
+
+    Raises:
+        ConfigError: the file cannot be read, is not TOML, or `InvalidConfigError`: everything that is wrong, at once.
+    """
+    root = with_default_steps(read_tree(Path(path)))
+    places = []
+    for argument in overrides:
+        root, place = apply_override(root, argument)
+        places.append(place)
+    steps = complete_steps(root)
+    config, problems = value_problems(root, steps)
+    problems += structure_problems(root)
+    problems += unused_section_problems(root, steps)
+    problems += _shadowed(root, steps, overrides, places)
+    if problems or config is None:
+        raise InvalidConfigError(os.fspath(path), problems)
+    return config
+
+
+def dump_resolved(config: RunConfig) -> str:
+    """The TOML text of a resolved run; `load_resolved` reads it back to an equal `RunConfig`."""
+    return tomli_w.dumps(config.model_dump(exclude_none=True))
+
+
+def load_resolved(run_dir: str | Path) -> RunConfig:
+    """Read `<run_dir>/run.toml`, which `dump_resolved` wrote.
+
+    Raises:
+        RunError: it is missing or not what this version of Miles writes.
+        ConfigError: it is not TOML.
+    """
+    file = Path(run_dir) / "run.toml"
+    try:
+        data = parse(file.read_text(encoding="utf-8"), os.fspath(file)).plain()
+    except OSError as error:
+        raise RunError(
+            f"{file}: {error.strerror}: not a run directory", fix="`miles runs` lists run directories"
+        ) from None
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise RunError(
+            f"{file}: not a resolved run of this version of Miles: {error}", fix="submit the run file anew"
+        ) from None
+
+
+def _shadowed(
+    root: Node, steps: dict[str, Node], overrides: Sequence[str], places: Sequence[Place]
+) -> list[Problem]:
+    """Overrides of a default that no step takes, because each sets the key itself or has no such section."""
+    paths = [parse_override(argument)[0] for argument in overrides]
+    problems = []
+    for number, (path, place) in enumerate(zip(paths, places, strict=True)):
+        replaced = any(path[: len(later)] == later for later in paths[number + 1 :])
+        if path[0] not in SECTIONS or replaced:
+            continue
+        if any(node.place == place for step in steps.values() for node in step.walk()):
+            continue
+        having = [name for name, step in steps.items() if kind_of(step) in kinds_with(path[0])]
+        key = dotted(path)
+        if having:
+            message = f"{key} reaches no step: {', '.join(having)} set it themselves"
+            fix = f"--set steps.{having[0]}.{key}=..."
+        else:
+            message = f"{key} reaches no step: none of {', '.join(steps)} has a section {path[0]}"
+            fix = f"sections {path[0]} belong to steps of kind {' or '.join(kinds_with(path[0]))}"
+        problems.append(Problem(place, message, fix))
+    return problems
