@@ -57,7 +57,7 @@ def plan_micro_batches(lengths: list[int], max_tokens: int, data_parallel_size: 
         if length > max_tokens:
             raise DataError(
                 f"sequence {index} has {length} tokens, more than max_tokens_per_micro_batch = {max_tokens}",
-                fix=f"set train.max_tokens_per_micro_batch to at least {max(lengths)}, or use shorter sequences",
+                fix=f"set train.max_tokens_per_micro_batch to {max(lengths)} or more, or shorten sequences",
             )
     bins = sorted(_fill_bins(lengths, max_tokens, data_parallel_size), key=lambda b: (-_size(b, lengths), b))
     plan: Plan = [[] for _ in range(data_parallel_size)]

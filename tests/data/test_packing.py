@@ -56,7 +56,7 @@ def test_too_long_sequence_names_value_bound_and_fix() -> None:
         plan_micro_batches([5, 120, 7], 100, 2)
     assert "sequence 1 has 120 tokens" in str(error.value)
     assert "max_tokens_per_micro_batch = 100" in str(error.value)
-    assert "at least 120" in str(error.value)
+    assert "to 120 or more" in str(error.value)
 
 
 def sequence(length: int) -> Sequence:
