@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from miles.config.schema import Backend, TrainSection
+from miles.config.schema import Backend, RlStep, TrainSection
 from miles.runs.paths import RunPaths
 from miles.training.backend import TrainerBackend
 from miles.training.distributed import StopRequest
@@ -45,3 +45,8 @@ def build_trainer(model_dir: Path, train: TrainSection, seed: int) -> TrainerBac
     from miles.training.fsdp.backend import FsdpBackend
 
     return FsdpBackend(model_dir, train, seed)
+
+
+def engine_dtype(step: RlStep) -> torch.dtype:
+    """Type of the engines' weights: engine.dtype, else the trainer's."""
+    return getattr(torch, step.engine.dtype or step.train.dtype)

@@ -19,7 +19,7 @@ def train(run: ReinforcementLearning) -> None:
         groups = run.generate(step)  # prompts -> engines -> rewards
         batches = run.make_batches(groups, step)  # advantages, loss weights
         with run.engines_asleep():
-            run.score(batches)  # old and reference log-probabilities
+            run.score(batches, step)  # old and reference log-probabilities
             run.update(batches, step)  # packed micro-batches -> loss -> optimizer
         run.sync_weights(version=step)  # trainer -> engines, verified
         run.evaluate(step)

@@ -13,6 +13,7 @@ from pathlib import Path
 from miles.config.load import load_resolved
 from miles.config.schema import EvalStep, RlStep, SftStep
 from miles.errors import ConfigError
+from miles.runs.failures import exit_with_failures
 from miles.runs.paths import RunPaths
 from miles.training.context import Context
 from miles.training.distributed import StopRequest, choose_device, process_group
@@ -61,4 +62,4 @@ def run_step(context: Context, step: object) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with_failures(main)

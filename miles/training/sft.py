@@ -1,0 +1,62 @@
+"""Supervised fine-tuning: the `sft` step, from demonstrations to a model directory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from miles.algorithms.aggregation import token_weights
+from miles.algorithms.losses import perplexity, sft_loss, token_means
+from miles.config.schema import Aggregation, SftStep
+from miles.data.batch import Sequence
+from miles.data.order import prompts_of_step
+from miles.data.packing import rank_micro_batches
+from miles.data.prompts import load_demonstrations
+from miles.data.tokenizer import load_tokenizer
+from miles.errors import Interrupted
+from miles.training.context import Context, build_trainer
+from miles.training.output import write_model
+from miles.training.recorder import Recorder
+from miles.training.schedule import learning_rate
+from miles.training.stopwatch import Stopwatch
+
+
+def train_supervised(context: Context, step: SftStep) -> None:
+    """Run the step; every rank calls it. Each rank reads the data itself: the order is a pure function."""
+    train = step.train
+    model_dir = context.paths.resolve(step.model.path)
+    rows = load_demonstrations(step.data, load_tokenizer(model_dir))
+    trainer = build_trainer(model_dir, train, context.seed)
+    recorder = Recorder(context, kind=step.kind, steps=train.steps, tracking=step.tracking)
+    watch = Stopwatch()
+    for number in range(1, train.steps + 1):
+        if context.stop.agreed():
+            raise Interrupted(f"stopped before step {number} of {train.steps} of '{context.name}'")
+        recorder.progress(number, "update")
+        draws = prompts_of_step(
+            len(rows), train.batch_size, number - 1, seed=context.seed, shuffle=step.data.shuffle
+        )
+        batch = weighted([rows[draw.index] for draw in draws])
+        micro_batches = rank_micro_batches(batch, train.max_tokens_per_micro_batch, trainer.layout)
+        lr = learning_rate(train, number)
+        stats = trainer.update(micro_batches, sft_loss, lr=lr, temperature=1.0)
+        nll = token_means(stats.metrics)["nll"]
+        recorder.metrics(
+            number,
+            {
+                "loss": stats.loss,
+                "perplexity": perplexity(nll),
+                "grad_norm": stats.grad_norm,
+                "lr": lr,
+                "tokens/total": sum(len(row) for row in batch),
+                **watch.take(),
+            },
+        )
+    recorder.progress(train.steps, "save")
+    write_model(trainer, context.output)
+    recorder.close()
+
+
+def weighted(rows: list[Sequence]) -> list[Sequence]:
+    """The rows of one update with the loss weights of a mean over its tokens."""
+    weights = token_weights([row.loss_mask for row in rows], Aggregation.TOKEN_MEAN, max_response_tokens=1)
+    return [replace(row, weights=weight) for row, weight in zip(rows, weights, strict=True)]
