@@ -40,8 +40,9 @@ def exit_with_failures(main: Callable[[], None]) -> NoReturn:
 
 
 def write_failure(path: Path, error: MilesError) -> None:
-    """Write an error for the parent process."""
-    record = {"kind": type(error).__name__, "message": error.message, "fix": error.fix}
+    """Write an error for the parent process, as the nearest class that `miles.errors` has."""
+    known = (kind.__name__ for kind in type(error).__mro__ if getattr(errors, kind.__name__, None) is kind)
+    record = {"kind": next(known), "message": error.message, "fix": error.fix}
     write_atomic(path, json.dumps(record) + "\n")
 
 
@@ -51,4 +52,4 @@ def read_failure(path: Path) -> MilesError | None:
         record = json.loads(path.read_text())
     except FileNotFoundError:
         return None
-    return getattr(errors, record["kind"], MilesError)(record["message"], fix=record["fix"])
+    return getattr(errors, record["kind"])(record["message"], fix=record["fix"])
