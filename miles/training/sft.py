@@ -11,9 +11,9 @@ from miles.data.batch import Sequence
 from miles.data.order import prompts_of_step
 from miles.data.packing import rank_micro_batches
 from miles.data.prompts import load_demonstrations
-from miles.data.tokenizer import load_tokenizer
 from miles.errors import Interrupted
 from miles.training.context import Context, build_trainer
+from miles.training.inputs import open_model, resolved
 from miles.training.output import write_model
 from miles.training.recorder import Recorder
 from miles.training.schedule import learning_rate
@@ -23,9 +23,14 @@ from miles.training.stopwatch import Stopwatch
 def train_supervised(context: Context, step: SftStep) -> None:
     """Run the step; every rank calls it. Each rank reads the data itself: the order is a pure function."""
     train = step.train
-    model_dir = context.paths.resolve(step.model.path)
-    rows = load_demonstrations(step.data, load_tokenizer(model_dir))
-    trainer = build_trainer(model_dir, train, context.seed)
+    model = open_model(step.model, context.paths)
+    rows = load_demonstrations(
+        resolved(step.data, context.paths),
+        model.tokenizer,
+        max_tokens=min(model.context_length, train.max_tokens_per_micro_batch),
+        end_tokens=model.end_tokens,
+    )
+    trainer = build_trainer(model.directory, train, context.seed)
     recorder = Recorder(context, kind=step.kind, steps=train.steps, tracking=step.tracking)
     watch = Stopwatch()
     for number in range(1, train.steps + 1):
