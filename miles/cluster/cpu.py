@@ -1,4 +1,4 @@
-"""The environment in which many processes behave on the CPU cores of one node. Pure but for counting cores."""
+"""The environment in which many processes behave on the CPU cores of one node."""
 
 from __future__ import annotations
 

@@ -189,7 +189,8 @@ class Supervision:
         if failed:
             # The first to fail is seen together with those that failed because of it: believe who explains.
             reports = [report for rank in failed if (report := rank.failure()) is not None]
-            raise reports[0] if reports else TrainerError(_death(failed[0]), fix=self._fix(failed[0]))
+            kind = TrainerError if self._processes.role == "trainer" else MilesError
+            raise reports[0] if reports else kind(_death(failed[0]), fix=self._fix(failed[0]))
 
     def _fix(self, child: Child) -> str:
         return f"read the whole log: `miles logs {self._paths.root.name} --role {child.command.role}`"

@@ -1,0 +1,75 @@
+"""What the terminal view shows, gathered from a run directory at one instant. Reads, and draws nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from miles.runs.metrics import MetricsLine, read_metrics
+from miles.runs.paths import RunPaths
+from miles.runs.progress import Progress, read_progress
+from miles.workflow.status import RunStatus, State, StepStatus, read_status
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A run at one instant."""
+
+    status: RunStatus
+    progress: Progress | None
+    """Of the running step; None when nothing runs or it has not said anything yet."""
+    metrics: list[MetricsLine]
+
+    @property
+    def running(self) -> StepStatus | None:
+        """The step that runs."""
+        return next((step for step in self.status.steps if step.state is State.RUNNING), None)
+
+    @property
+    def shown(self) -> StepStatus | None:
+        """The step whose figures are shown: the running one, else the last with any."""
+        if self.running is not None:
+            return self.running
+        stages = {line.stage for line in self.metrics}
+        return next((step for step in reversed(self.status.steps) if step.name in stages), None)
+
+    def lines_of(self, stage: str) -> list[MetricsLine]:
+        """Metrics of one stage, by step."""
+        return [line for line in self.metrics if line.stage == stage]
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """An evaluation figure before and after a stage."""
+
+    stage: str
+    name: str
+    before: float
+    after: float
+
+
+def take_snapshot(paths: RunPaths) -> Snapshot:
+    """Read the run directory."""
+    status = read_status(paths)
+    running = {step.name for step in status.steps if step.state is State.RUNNING}
+    progress = read_progress(paths)
+    if progress is not None and progress.stage not in running:
+        progress = None
+    return Snapshot(status, progress, read_metrics(paths))
+
+
+def series(lines: list[MetricsLine], name: str) -> list[float]:
+    """The values of one metric, where it was recorded."""
+    return [line.values[name] for line in lines if name in line.values]
+
+
+def evaluation_changes(snapshot: Snapshot) -> list[Change]:
+    """First and last value of every `eval/` figure of every stage that evaluated at least twice."""
+    changes = []
+    for step in snapshot.status.steps:
+        lines = snapshot.lines_of(step.name)
+        names = dict.fromkeys(name for line in lines for name in line.values if name.startswith("eval/"))
+        for name in names:
+            values = series(lines, name)
+            if len(values) > 1:
+                changes.append(Change(step.name, name.removeprefix("eval/"), values[0], values[-1]))
+    return changes

@@ -1,0 +1,179 @@
+"""How a run looks in a terminal: rich renderables of a snapshot. Pure: reads no file, prints nothing."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from miles.reports.blocks import column_chart, resample, sparkline
+from miles.reports.snapshot import Snapshot, evaluation_changes, series
+from miles.runs.metrics import MetricsLine
+from miles.runs.progress import Progress
+from miles.workflow.status import State, StepStatus
+
+SYMBOLS = {
+    State.PENDING: ("·", "dim"),
+    State.RUNNING: ("▶", "bold cyan"),
+    State.DONE: ("✓", "green"),
+    State.FAILED: ("✗", "bold red"),
+    State.STOPPED: ("■", "yellow"),
+    State.KILLED: ("✗", "bold red"),
+}
+
+# Name in metrics.jsonl, label, format.
+KEY_FIGURES = (
+    ("reward/mean", "reward", ".3f"),
+    ("accuracy", "accuracy", ".3f"),
+    ("loss", "loss", ".4f"),
+    ("response/length_mean", "length", ".1f"),
+    ("entropy", "entropy", ".3f"),
+    ("grad_norm", "grad norm", ".3f"),
+    ("kl/reference", "KL", ".2e"),
+    ("mismatch/log_prob_abs_diff_mean", "mismatch", ".1e"),
+    ("lr", "lr", ".1e"),
+    ("time/step", "s/step", ".2f"),
+)
+PLAIN_FIGURES = ("reward/mean", "accuracy", "loss", "response/length_mean", "grad_norm", "time/step")
+
+_CHART_HEIGHT = 6
+_CHART_WIDTH = 60
+
+
+def duration(seconds: float) -> str:
+    """`8 s`, `1:32`, `2:01:05`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    hours, rest = divmod(whole, 3600)
+    minutes, rest = divmod(rest, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def state_text(state: State) -> Text:
+    """A state with its symbol, in its colour."""
+    symbol, style = SYMBOLS[state]
+    return Text(f"{symbol} {state.value}", style=style)
+
+
+def run_view(snapshot: Snapshot, *, width: int) -> RenderableType:
+    """The whole view: steps, progress, curve, key figures."""
+    status = snapshot.status
+    heading = Text.assemble(
+        (status.name, "bold"), "  ", state_text(status.state), "  ", (status.directory, "dim")
+    )
+    parts: list[RenderableType] = [heading, Text(), steps_table(snapshot.status.steps)]
+    if snapshot.running is not None and snapshot.progress is not None:
+        parts += [Text(), progress_bars(snapshot.progress, eta=_eta(snapshot))]
+    if snapshot.shown is not None:
+        lines = snapshot.lines_of(snapshot.shown.name)
+        if lines:
+            parts += [Text(), *curve(lines, width=width), *_evaluation(lines), key_figures(lines)]
+    return Group(*parts)
+
+
+def steps_table(steps: list[StepStatus]) -> Table:
+    """One row per step: state, name, kind, duration, what to know about it."""
+    table = Table.grid(padding=(0, 2))
+    for step in steps:
+        symbol, style = SYMBOLS[step.state]
+        time = duration(step.seconds) if step.seconds is not None else ""
+        remark = step.note if step.state is State.RUNNING else _first_line(step.detail)
+        if step.state is State.PENDING and step.attempts == 0:
+            remark = ""
+        table.add_row(Text(symbol, style), Text(step.name, style), step.kind, time, Text(remark, "dim"))
+    return table
+
+
+def progress_bars(progress: Progress, *, eta: str) -> Table:
+    """Two bars: training steps of the stage, and units of the current phase."""
+    table = Table.grid(padding=(0, 2))
+    table.add_row(
+        f"step {progress.step}/{progress.steps}",
+        ProgressBar(total=max(1, progress.steps), completed=progress.step, width=40),
+        eta,
+    )
+    if progress.total > 0:
+        phase_bar = ProgressBar(total=progress.total, completed=progress.done, width=40)
+        table.add_row(progress.phase, phase_bar, f"{progress.done}/{progress.total}")
+    else:
+        table.add_row(progress.phase, "", "")
+    return table
+
+
+def curve(lines: list[MetricsLine], *, width: int) -> list[Text]:
+    """The reward over the training steps, or the loss where there is no reward; needs two points."""
+    rewards = series(lines, "reward/mean")
+    name, values = ("reward", rewards) if rewards else ("loss", series(lines, "loss"))
+    if len(values) < 2:
+        return []
+    columns = resample(values, min(_CHART_WIDTH, max(10, width - 12)))
+    low, high = min(0.0, *columns), max(columns)
+    rows = column_chart(columns, width=len(columns), height=_CHART_HEIGHT, low=low, high=high)
+    labels = [f"{high:8.3f}", *[" " * 8] * (_CHART_HEIGHT - 2), f"{low:8.3f}"]
+    drawn = [
+        Text.assemble((label, "dim"), (" │", "dim"), (row, "green" if name == "reward" else "yellow"))
+        for label, row in zip(labels, rows, strict=True)
+    ]
+    return [*drawn, Text(f"{'':8} └{name}, now {values[-1]:.3f}", style="dim")]
+
+
+def key_figures(lines: list[MetricsLine]) -> Text:
+    """The last recorded value of the figures that people look at."""
+    text = Text()
+    for name, label, form in KEY_FIGURES:
+        values = series(lines, name)
+        if values:
+            text.append(f"{label} ", "dim").append(format(values[-1], form)).append("   ")
+    return text
+
+
+def plain_line(snapshot: Snapshot, line: MetricsLine) -> str:
+    """One training step as one line of a log."""
+    steps = snapshot.progress.steps if snapshot.progress and snapshot.progress.stage == line.stage else None
+    figures = [
+        f"{label} {line.values[name]:{form}}"
+        for name, label, form in KEY_FIGURES
+        if name in PLAIN_FIGURES and name in line.values
+    ]
+    figures += [f"{name} {value:.3f}" for name, value in line.values.items() if name.startswith("eval/")]
+    return f"{line.stage} {line.step}{f'/{steps}' if steps else ''}: " + "  ".join(figures)
+
+
+def summary(snapshot: Snapshot) -> RenderableType:
+    """What came out of a run: evaluation before and after."""
+    table = Table.grid(padding=(0, 2))
+    for change in evaluation_changes(snapshot):
+        better = change.after > change.before
+        table.add_row(
+            Text(change.stage, "dim"),
+            change.name,
+            f"{change.before:.3f} → {change.after:.3f}",
+            Text(f"{change.after - change.before:+.3f}", "green" if better else "yellow"),
+        )
+    return table
+
+
+def _evaluation(lines: list[MetricsLine]) -> list[Text]:
+    values = series(lines, "eval/pass@1")
+    if not values:
+        return []
+    text = Text.assemble(("held-out pass@1 ", "dim"), f"{values[0]:.3f}")
+    if len(values) > 1:
+        text.append(f" → {values[-1]:.3f}  ").append(sparkline(values, _CHART_WIDTH), "cyan")
+    return [text]
+
+
+def _eta(snapshot: Snapshot) -> str:
+    """Time left in the stage, from the steps that it has recorded."""
+    progress, running = snapshot.progress, snapshot.running
+    assert progress is not None and running is not None
+    times = series(snapshot.lines_of(running.name), "time/step")[-20:]
+    if not times:
+        return ""
+    return f"about {duration(sum(times) / len(times) * (progress.steps - progress.step + 1))} left"
+
+
+def _first_line(text: str) -> str:
+    return text.partition("\n")[0]

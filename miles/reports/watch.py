@@ -1,0 +1,119 @@
+"""Following a run in the terminal until it ends: a live view, or plain lines where output goes to a file.
+
+Owns the loops only. `miles.reports.snapshot` reads the run, `miles.reports.terminal` draws it. Nothing here
+changes the run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from rich.console import Console
+from rich.live import Live
+
+from miles.reports.snapshot import Snapshot, take_snapshot
+from miles.reports.terminal import duration, plain_line, run_view, summary
+from miles.runs.paths import RunPaths
+from miles.workflow.status import State
+
+_REFRESH_SECONDS = 0.5
+_PLAIN_SECONDS = 2.0
+
+
+def watch_run(
+    paths: RunPaths,
+    console: Console,
+    *,
+    running: Callable[[], bool],
+    on_interrupt: Callable[[], bool],
+) -> None:
+    """Show a run while `running()`, and once more when it has ended.
+
+    `on_interrupt` is called at Ctrl-C; the view goes on when it returns true and ends when it returns false.
+    """
+    follow = _follow_live if console.is_terminal else _follow_plain
+    follow(paths, console, _until_interrupted(running, on_interrupt))
+
+
+def print_summary(paths: RunPaths, console: Console) -> None:
+    """What came out of the run."""
+    snapshot = take_snapshot(paths)
+    steps = snapshot.status.steps
+    seconds = sum(step.seconds or 0.0 for step in steps)
+    done = sum(step.state is State.DONE for step in steps)
+    console.print(f"{snapshot.status.name}: {done} of {len(steps)} steps done in {duration(seconds)}")
+    console.print(summary(snapshot))
+
+
+def _until_interrupted(
+    running: Callable[[], bool], on_interrupt: Callable[[], bool]
+) -> Callable[[float], bool]:
+    """A pause that says whether to go on showing the run."""
+
+    def go_on(seconds: float) -> bool:
+        try:
+            if not running():
+                return False
+            time.sleep(seconds)
+        except KeyboardInterrupt:
+            return on_interrupt()
+        return True
+
+    return go_on
+
+
+def _follow_live(paths: RunPaths, console: Console, go_on: Callable[[float], bool]) -> None:
+    with Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
+
+        def draw() -> None:
+            live.update(run_view(take_snapshot(paths), width=console.width), refresh=True)
+
+        draw()
+        while go_on(_REFRESH_SECONDS):
+            draw()
+        draw()
+
+
+def _follow_plain(paths: RunPaths, console: Console, go_on: Callable[[float], bool]) -> None:
+    log = _PlainLog(console)
+    log.write(take_snapshot(paths))
+    while go_on(_PLAIN_SECONDS):
+        log.write(take_snapshot(paths))
+    log.write(take_snapshot(paths))
+
+
+class _PlainLog:
+    """Prints what is new since the last snapshot: states of steps, evaluations, the newest training step."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._states: dict[str, State] = {}
+        self._printed = 0
+
+    def write(self, snapshot: Snapshot) -> None:
+        self._write_states(snapshot, begun=True)
+        self._write_metrics(snapshot)
+        self._write_states(snapshot, begun=False)
+
+    def _write_states(self, snapshot: Snapshot, *, begun: bool) -> None:
+        """Print steps that have begun to run since the last snapshot, or those that have ended."""
+        for step in snapshot.status.steps:
+            changed = self._states.get(step.name, State.PENDING) is not step.state
+            if not changed or (step.state is State.RUNNING) is not begun:
+                continue
+            self._states[step.name] = step.state
+            remark = f" ({step.note})" if begun and step.note else ""
+            if not begun and step.seconds is not None:
+                remark = f" after {duration(step.seconds)}"
+            self._print(f"step {step.name}: {step.state.value}{remark}")
+
+    def _write_metrics(self, snapshot: Snapshot) -> None:
+        new = snapshot.metrics[self._printed :]
+        self._printed = len(snapshot.metrics)
+        for position, line in enumerate(new, start=1):
+            if position == len(new) or any(name.startswith("eval/") for name in line.values):
+                self._print(plain_line(snapshot, line))
+
+    def _print(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
