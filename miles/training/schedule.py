@@ -10,8 +10,8 @@ from miles.config.schema import Schedule, TrainSection
 def learning_rate(train: TrainSection, step: int) -> float:
     """Rate of training step `step`; steps count from 1 to train.steps.
 
-    Rises linearly over the warm-up, from lr / lr_warmup_steps at step 1 to lr at its last step; then constant, or
-    falling from lr at the first step after the warm-up to min_lr at the last step of the run.
+    Rises linearly over the warm-up, from lr / lr_warmup_steps at step 1 to lr at its last step; then
+    constant, or falling from lr at the first step after the warm-up to min_lr at the last step of the run.
     """
     if step <= train.lr_warmup_steps:
         return train.lr * step / train.lr_warmup_steps
