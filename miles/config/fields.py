@@ -5,7 +5,7 @@ Owns the introspection that error messages, `miles config explain` and the refer
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache
@@ -41,6 +41,8 @@ SECTIONS: dict[str, type[Section]] = {
 
 RUN_KEYS = tuple(key for key in RunConfig.model_fields if key != "steps")
 """Plain keys of the top level."""
+
+KIND = FieldInfo(annotation=Literal[tuple(STEP_KINDS)], description="What the step does.")  # type: ignore[arg-type]
 
 TOP_LEVEL = (*RUN_KEYS, "extends", *SECTIONS, "steps")
 
@@ -106,10 +108,9 @@ def _keys() -> Iterator[Key]:
         yield Key(name, RunConfig.model_fields[name], ())
     for section, model in SECTIONS.items():
         yield from _section_keys(section, model, kinds_with(section))
-    shared = ("kind", "needs")
-    for name in shared:
-        owner = schema.SftStep if name == "kind" else StepBase
-        yield Key(f"steps.NAME.{name}", owner.model_fields[name], tuple(STEP_KINDS))
+    shared = {"kind": KIND, "needs": StepBase.model_fields["needs"]}
+    for name, field in shared.items():
+        yield Key(f"steps.NAME.{name}", field, tuple(STEP_KINDS))
     for kind, step in STEP_KINDS.items():
         for name in own_keys(kind):
             if name not in shared:
@@ -138,12 +139,18 @@ def type_name(annotation: Any) -> str:
     if origin in (UnionType, Union):
         return type_name(next(item for item in get_args(annotation) if item is not NoneType))
     if origin is Literal:
-        return " or ".join(f'"{choice}"' for choice in get_args(annotation))
+        return alternatives(f'"{choice}"' for choice in get_args(annotation))
     if origin is list:
         return f"list of {_PLURALS.get(type_name(get_args(annotation)[0]), 'tables')}"
     if isinstance(annotation, type) and issubclass(annotation, Enum):
-        return " or ".join(f'"{choice.value}"' for choice in annotation)
+        return alternatives(f'"{choice.value}"' for choice in annotation)
     return _WORDS.get(annotation, "table")
+
+
+def alternatives(words: Iterable[str]) -> str:
+    """`a, b or c`."""
+    *first, last = words
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 _WORDS: dict[Any, str] = {int: "whole number", float: "number", str: "string", bool: "true or false"}
@@ -152,18 +159,20 @@ _PLURALS = {"whole number": "whole numbers", "number": "numbers", "string": "str
 
 def bounds(field: FieldInfo) -> str:
     """Bounds of a number or a list in words (`> 0`, `>= 0 and < 1`), or an empty string."""
+    whole = "whole number" in type_name(field.annotation)
     words = []
-    for item in _metadata(field):
+    for item in _constraints(field):
         for attribute, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<=")):
             if (bound := getattr(item, attribute, None)) is not None:
-                words.append(f"{sign} {bound:g}")
+                words.append(f">= {bound + 1}" if whole and sign == ">" else f"{sign} {bound:g}")
         if (least := getattr(item, "min_length", None)) is not None:
-            words.append(f"at least {least}")
+            words.append(f"at least {least} of them")
     return " and ".join(words)
 
 
-def _metadata(field: FieldInfo) -> Iterator[Any]:
+def _constraints(field: FieldInfo) -> Iterator[Any]:
     yield from field.metadata
     for item in get_args(field.annotation):
         if get_origin(item) is Annotated:
-            yield from item.__metadata__
+            for constraint in item.__metadata__:
+                yield from constraint.metadata if isinstance(constraint, FieldInfo) else [constraint]

@@ -35,7 +35,7 @@ def read_tree(file: Path) -> Node:
 
 
 def expand(root: Node, directory: Path) -> Node:
-    """Write out the short forms and make relative paths start at `directory`, at the top level and in every step."""
+    """Write out the short forms and make relative paths absolute, at the top level and in every step."""
     table = {key: child for key, child in _scope(root, directory).table().items() if key != "steps"}
     if steps := root.table().get("steps"):
         inner = {name: _scope(step, directory) for name, step in steps.table().items()}

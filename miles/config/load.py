@@ -1,26 +1,30 @@
 """A run file in, a `RunConfig` out: the way from TOML to steps that are complete in themselves.
 
-Owns the order of events only; each arrow is one module:
-files -> overrides -> steps -> validate -> rules -> model_checks -> `RunConfig`, or one error with every problem.
+Owns the order of events only; each arrow is one module: files -> overrides -> steps -> validate -> rules,
+file_checks, model_checks, graph_checks -> `RunConfig`, or one error with every problem.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import tomli_w
 from pydantic import ValidationError
 
-from miles.config.fields import SECTIONS, kinds_with
+from miles.config.fields import SECTIONS, alternatives, kinds_with
+from miles.config.file_checks import file_findings
 from miles.config.files import read_tree
+from miles.config.graph_checks import graph_problems
+from miles.config.model_checks import model_findings
 from miles.config.overrides import apply_override, parse_override
 from miles.config.problems import InvalidConfigError, Problem
+from miles.config.rules import step_findings
 from miles.config.schema import RunConfig
 from miles.config.source import Node, Place, dotted, parse
 from miles.config.steps import complete_steps, kind_of, with_default_steps
-from miles.config.validate import structure_problems, unused_section_problems, value_problems
+from miles.config.validate import Checked, check_values, structure_problems, unused_section_problems
 from miles.errors import RunError
 
 
@@ -29,10 +33,11 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Args:
         path: the TOML file. Relative paths in it start at its own directory.
-        overrides: `--set` arguments such as `train.lr=2e-6`. Relative paths in them start at the working directory.
+        overrides: `--set` arguments such as `train.lr=2e-6`; relative paths start at the working directory.
 
     Raises:
-        ConfigError: the file cannot be read, is not TOML, or `InvalidConfigError`: everything that is wrong, at once.
+        ConfigError: the file cannot be read or is not TOML.
+        InvalidConfigError: everything else that is wrong with it, at once.
     """
     root = with_default_steps(read_tree(Path(path)))
     places = []
@@ -40,13 +45,18 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         root, place = apply_override(root, argument)
         places.append(place)
     steps = complete_steps(root)
-    config, problems = value_problems(root, steps)
-    problems += structure_problems(root)
-    problems += unused_section_problems(root, steps)
-    problems += _shadowed(root, steps, overrides, places)
-    if problems or config is None:
+    checked = check_values(root, steps)
+    problems = [
+        *structure_problems(root),
+        *graph_problems(root, steps),
+        *checked.problems,
+        *unused_section_problems(root, steps),
+        *_combination_problems(checked, steps),
+        *_shadowed_overrides(steps, overrides, places),
+    ]
+    if problems or checked.config is None:
         raise InvalidConfigError(os.fspath(path), problems)
-    return config
+    return checked.config
 
 
 def dump_resolved(config: RunConfig) -> str:
@@ -76,17 +86,25 @@ def load_resolved(run_dir: str | Path) -> RunConfig:
         ) from None
 
 
-def _shadowed(
-    root: Node, steps: dict[str, Node], overrides: Sequence[str], places: Sequence[Place]
-) -> list[Problem]:
+def _combination_problems(checked: Checked, steps: dict[str, Node]) -> Iterator[Problem]:
+    """Values that do not fit together, unless one of them is already reported as bad by itself."""
+    for name, step in checked.steps.items():
+        bad = checked.bad.get(name, set())
+        for finding in (*step_findings(step), *file_findings(step), *model_findings(step, checked.steps)):
+            if not any(key[: len(path)] == path for key in finding.keys for path in bad):
+                node = next(filter(None, map(steps[name].find, finding.keys)), steps[name])
+                yield Problem(node.place, finding.message, finding.fix)
+
+
+def _shadowed_overrides(
+    steps: dict[str, Node], overrides: Sequence[str], places: Sequence[Place]
+) -> Iterator[Problem]:
     """Overrides of a default that no step takes, because each sets the key itself or has no such section."""
     paths = [parse_override(argument)[0] for argument in overrides]
-    problems = []
     for number, (path, place) in enumerate(zip(paths, places, strict=True)):
         replaced = any(path[: len(later)] == later for later in paths[number + 1 :])
-        if path[0] not in SECTIONS or replaced:
-            continue
-        if any(node.place == place for step in steps.values() for node in step.walk()):
+        taken = any(node.place == place for step in steps.values() for node in step.walk())
+        if path[0] not in SECTIONS or replaced or taken:
             continue
         having = [name for name, step in steps.items() if kind_of(step) in kinds_with(path[0])]
         key = dotted(path)
@@ -95,6 +113,5 @@ def _shadowed(
             fix = f"--set steps.{having[0]}.{key}=..."
         else:
             message = f"{key} reaches no step: none of {', '.join(steps)} has a section {path[0]}"
-            fix = f"sections {path[0]} belong to steps of kind {' or '.join(kinds_with(path[0]))}"
-        problems.append(Problem(place, message, fix))
-    return problems
+            fix = f"section {path[0]} belongs to steps of kind {alternatives(kinds_with(path[0]))}"
+        yield Problem(place, message, fix)

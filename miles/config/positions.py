@@ -1,7 +1,7 @@
 """Line numbers of keys in a TOML text.
 
-`tomllib` gives values without positions, and no maintained TOML library gives both, so this scanner walks a text
-that `tomllib` has already accepted and notes where each key and array element begins. It judges nothing.
+`tomllib` gives values without positions, and no maintained TOML library gives both, so this scanner walks a
+text that `tomllib` has already accepted and notes where each key and array element begins. It judges nothing.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The run file as pydantic models: every key a user may write, its type, bound, default and meaning.
 
-The string under a field is its documentation: `miles config explain KEY` and docs/reference/config.md print it.
+The string under a field is its documentation: `miles config explain` and docs/reference/config.md print it.
 Top-level sections are the defaults of every step; a step's own section (`[steps.warmup.train]`) is merged
 over them before validation, so that each resolved step is complete in itself.
 Bounds of single values live here; arithmetic between values in `miles.config.rules`, merging in
@@ -21,7 +21,7 @@ FromString = Field(strict=False)
 
 
 class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, nothing is coerced across types, instances are frozen."""
+    """Base of all sections: unknown keys are errors, types are not coerced, instances are frozen."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -70,7 +70,7 @@ class DataSection(Section):
     template_args: dict[str, Any] = {}
     """Extra arguments of the chat template, for example `{enable_thinking = false}`."""
     max_prompt_tokens: PositiveInt | None = None
-    """Longest prompt; None: the model's context length minus the response length."""
+    """Longest prompt; not set: the model's context length minus the response length."""
     too_long: Literal["error", "drop"] = "error"
     """A longer prompt stops the run before anything starts, or is left out (counted in the log)."""
     shuffle: bool = True
@@ -89,7 +89,7 @@ class ModelSection(Section):
 
 
 class RewardSection(Section):
-    """One grader; several are added with their weights."""
+    """One grader; `[[rewards]]` stands once for each, and their scores are added with their weights."""
 
     grader: str
     """`exact`, `math`, or a Python function as `package.module:function` or `path/file.py:function`."""
@@ -121,7 +121,7 @@ class RolloutSection(Section):
     max_response_tokens: PositiveInt = 1024
     """Longest response; longer ones end with finish reason `length`."""
     temperature: PositiveFloat = 1.0
-    """Sampling temperature. Engine and trainer both take log-probabilities of the temperature-scaled distribution."""
+    """Sampling temperature; log-probabilities are those of the temperature-scaled distribution."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Nucleus sampling. Values below 1 bias the importance ratio; 1 is recommended for training."""
     top_k: int = -1
@@ -158,7 +158,7 @@ class AlgorithmSection(Section):
     clip_high: PositiveFloat = 0.2
     """The ratio is clipped above at 1 + clip_high (0.28 in DAPO, 2503.14476)."""
     aggregation: Annotated[Aggregation, FromString] = Aggregation.TOKEN_MEAN
-    """How token losses become one: DAPO's, GRPO's as published, or Dr. GRPO's, in this order."""
+    """`token-mean` is DAPO's, `seq-mean-token-mean` GRPO's, `seq-mean-token-sum-norm` Dr. GRPO's."""
     kl_coef: NonNegativeFloat = 0.0
     """Weight of the KL penalty against the reference model in the loss; 0: no reference model is loaded."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
@@ -236,9 +236,9 @@ class EngineSection(Section):
     kind: Literal["auto", "embedded", "sglang"] = "auto"
     """`auto`: sglang where there is a GPU, else the embedded engine."""
     dtype: Annotated[Dtype, FromString] | None = None
-    """Type of the engine's weights; None: as train.dtype."""
+    """Type of the engine's weights; not set: as train.dtype."""
     context_length: PositiveInt | None = None
-    """Longest prompt plus response; None: the model's."""
+    """Longest prompt plus response; not set: the model's."""
     max_running_requests: PositiveInt = 64
     """Sequences decoded together."""
     return_routed_experts: bool = False
@@ -257,7 +257,7 @@ class EvalSection(Section):
     """Evaluation: pass@1 and pass@k on held-out prompts."""
 
     data: DataSection | None = None
-    """Held-out prompts; None: no evaluation."""
+    """Held-out prompts; not set: no evaluation. Says how rows are read where it differs from `data`."""
     every: NonNegativeInt = 0
     """Evaluate every that many RL steps, beside before the first and after the last; 0: never in between."""
     samples: PositiveInt = 1
@@ -280,7 +280,7 @@ class LocalSection(Section):
     engines: PositiveInt = 1
     """Inference servers."""
     threads: PositiveInt | None = None
-    """CPU threads of each trainer and engine process; None: all cores (they work in turns)."""
+    """CPU threads of each trainer and engine process; not set: all cores (they work in turns)."""
 
 
 class TrackingSection(Section):
@@ -376,7 +376,7 @@ class EvalStep(StepBase):
 
 
 class ReportStep(StepBase):
-    """The report of the whole run; needs every other step where `needs` is not written. Output: report.html, PNGs."""
+    """The report of the run; without `needs` it needs all other steps. Output: report.html and PNGs."""
 
     outputs: ClassVar[tuple[str, ...]] = ("report.html",)
 

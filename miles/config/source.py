@@ -17,7 +17,7 @@ from miles.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a value was written: a line of a file, or (line 0) the whole of `source`, such as a `--set` argument."""
+    """Where a value was written: a line of `source`, or (line 0) all of it, such as a `--set` argument."""
 
     source: str
     line: int = 0
@@ -58,14 +58,28 @@ class Node:
         """The node at `path`, or None."""
         node: Node = self
         for part in path:
-            children = node.value
-            if isinstance(children, dict) and part in children:
-                node = children[part]
-            elif isinstance(children, list) and isinstance(part, int) and part < len(children):
-                node = children[part]
-            else:
+            child = node._child(part)
+            if child is None:
                 return None
+            node = child
         return node
+
+    def _child(self, part: str | int) -> Node | None:
+        if isinstance(self.value, list):
+            return self.value[part] if isinstance(part, int) and part < len(self.value) else None
+        return self.table().get(str(part))
+
+    def without(self, path: KeyPath) -> Node:
+        """The tree without the table entry at `path`."""
+        head, *rest = path
+        if (child := self.table().get(str(head))) is None:
+            return self
+        table = dict(self.value)
+        if rest:
+            table[head] = child.without(tuple(rest))
+        else:
+            del table[head]
+        return Node(table, self.place, self.key)
 
     def nearest(self, path: KeyPath) -> Node:
         """The node at the longest prefix of `path` that exists."""

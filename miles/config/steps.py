@@ -1,4 +1,4 @@
-"""From the tree of a run file to complete steps: default steps, defaults under each step, `needs` from references.
+"""From the tree of a run file to complete steps: default steps, inherited sections, `needs` from references.
 
 Owns what a step inherits and from where. Reading files belongs to `miles.config.files`, judging values to
 `miles.config.validate` and `miles.config.rules`.

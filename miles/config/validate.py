@@ -1,22 +1,27 @@
 """Single values: what pydantic finds in a merged run, said in the words of the run file.
 
-Owns unknown keys, missing keys, wrong types and bounds. Arithmetic between values belongs to `miles.config.rules`.
+Owns unknown keys, missing keys, wrong types and bounds; arithmetic between values belongs to
+`miles.config.rules`.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from miles.config.fields import (
+    RUN_KEYS,
     SECTIONS,
     STEP_KINDS,
     TOP_LEVEL,
     Key,
     all_keys,
+    alternatives,
     bounds,
     kinds_with,
     own_keys,
@@ -25,10 +30,25 @@ from miles.config.fields import (
 )
 from miles.config.positions import KeyPath
 from miles.config.problems import Problem, shown
-from miles.config.schema import RunConfig
-from miles.config.source import Node, dotted
+from miles.config.schema import RunConfig, StepBase
+from miles.config.source import Node, dotted, quoted
 from miles.config.steps import kind_of
 from miles.errors import did_you_mean
+
+BOUND_ERRORS = (
+    "greater_than",
+    "greater_than_equal",
+    "less_than",
+    "less_than_equal",
+    "too_short",
+    "finite_number",
+)
+SECTION_EXAMPLES = {
+    "model": 'model = "DIR"',
+    "data": 'data = "FILE.jsonl"',
+    "eval": 'eval.data = "FILE.jsonl"',
+}
+"""How the sections that a step cannot do without are written."""
 
 
 def structure_problems(root: Node) -> Iterator[Problem]:
@@ -48,7 +68,7 @@ def structure_problems(root: Node) -> Iterator[Problem]:
 
 
 def _no_kind(name: str, step: Node) -> Problem:
-    fix = "write kind = " + " or ".join(f'"{kind}"' for kind in STEP_KINDS)
+    fix = "write kind = " + alternatives(f'"{kind}"' for kind in STEP_KINDS)
     kind = step.find(("kind",))
     if kind is None:
         return Problem(step.place, f"steps.{name}: the step has no kind", fix)
@@ -56,28 +76,63 @@ def _no_kind(name: str, step: Node) -> Problem:
     return Problem(kind.place, f"{kind.key} = {shown(kind.plain())}: no such kind of step.{hint}", fix)
 
 
-def value_problems(tree: Node, steps: dict[str, Node]) -> tuple[RunConfig | None, list[Problem]]:
-    """Validate the complete steps with the plain keys of the top level; the config is None when something is wrong."""
-    run = {key: node for key, node in tree.table().items() if key not in SECTIONS and key in TOP_LEVEL}
-    merged = Node({**run, "steps": Node(steps, tree.place, "steps")}, tree.place, "")
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What validation made of a merged run."""
+
+    config: RunConfig | None
+    """None where something is wrong."""
+    steps: dict[str, StepBase]
+    """Steps that can be looked at further; a bad value in them is replaced by its default."""
+    bad: dict[str, set[KeyPath]]
+    """The keys so replaced, by step."""
+    problems: list[Problem]
+
+
+def check_values(root: Node, steps: dict[str, Node]) -> Checked:
+    """Validate the complete steps and the plain keys of the top level."""
+    run = {key: node for key, node in root.table().items() if key in RUN_KEYS}
+    merged = Node({**run, "steps": Node(steps, root.place, "steps")}, root.place, "")
     try:
-        return RunConfig.model_validate(merged.plain()), []
+        config = RunConfig.model_validate(merged.plain())
+        return Checked(config, dict(config.steps), {}, [])
     except ValidationError as error:
-        details = error.errors(include_url=False, include_context=True)
+        details = error.errors(include_url=False)
     missing: dict[str, list[str]] = {}
+    bad: dict[str, set[KeyPath]] = {}
     problems = []
     for detail in details:
         path = _without_tag(detail["loc"])
+        if path[0] == "steps":
+            bad.setdefault(str(path[1]), set()).add(_up_to_list(path[2:]))
         if detail["type"] == "missing" and len(path) == 3:
             missing.setdefault(str(path[2]), []).append(str(path[1]))
         else:
             problems.append(_translate(detail, path, merged))
     problems += [_missing_section(section, names, merged) for section, names in missing.items()]
-    return None, problems
+    return Checked(None, _usable(steps, bad), bad, problems)
+
+
+def _usable(steps: dict[str, Node], bad: dict[str, set[KeyPath]]) -> dict[str, StepBase]:
+    """The steps without their bad keys, as far as they are valid then."""
+    usable = {}
+    for name, step in steps.items():
+        for path in bad.get(name, ()):
+            step = step.without(path)
+        try:
+            usable[name] = STEP_KINDS[kind_of(step) or "report"].model_validate(step.plain())
+        except ValidationError:
+            continue  # a required key is missing or bad: reported above
+    return usable
+
+
+def _up_to_list(path: KeyPath) -> KeyPath:
+    """The path of the whole list where it leads into one."""
+    return next((path[:n] for n, part in enumerate(path) if isinstance(part, int)), path)
 
 
 def unused_section_problems(root: Node, steps: dict[str, Node]) -> Iterator[Problem]:
-    """Problems of top-level sections that no step of this run takes, so that they are not found only later."""
+    """Problems of top-level sections that no step of this run takes."""
     used = {section for step in steps.values() for section in sections_of(kind_of(step) or "report")}
     for section, model in SECTIONS.items():
         node = root.table().get(section)
@@ -102,90 +157,93 @@ def _without_tag(loc: KeyPath) -> KeyPath:
 def _translate(detail: ErrorDetails, path: KeyPath, merged: Node, node: Node | None = None) -> Problem:
     node = node or merged.nearest(path)
     key = entry_at(path)
-    match detail["type"]:
-        case "extra_forbidden":
-            return _unknown_below(path, node, merged)
-        case "missing":
-            return _missing(path, node, key)
+    if detail["type"] == "extra_forbidden":
+        return _unknown_below(path, node, merged)
+    if detail["type"] == "missing":
+        return _missing(path, node, key)
     given = f"{node.key} = {shown(node.plain())}"
-    wanted = type_name(key.field.annotation) if key else "table"
+    wanted = _wanted(key, path)
     limit = bounds(key.field) if key else ""
-    match detail["type"]:
-        case (
-            "greater_than"
-            | "greater_than_equal"
-            | "less_than"
-            | "less_than_equal"
-            | "too_short"
-            | "finite_number"
-        ):
-            message = f"{given}: must be {limit or 'finite'}"
-        case "enum" | "literal_error" if isinstance(node.value, str):
-            message = f"{given}: must be {wanted}.{did_you_mean(node.value, _choices(wanted))}"
-        case _:
-            message = f"{given} is {_type_of(node.value)}: {_article(wanted)} is wanted"
+    if detail["type"] in BOUND_ERRORS:
+        message = f"{given}: must be {limit or 'finite'}"
+    elif detail["type"] in ("enum", "literal_error") and isinstance(node.value, str):
+        message = f"{given}: must be {wanted}.{did_you_mean(node.value, _choices(wanted))}"
+    else:
+        message = f"{given} is {_type_of(node.value)}: {_article(wanted)} is wanted"
     return Problem(node.place, message, _example(key, node, wanted, limit))
 
 
+def _wanted(key: Key | None, path: KeyPath) -> str:
+    if path[-1] == "rewards":
+        return "list of tables"
+    if key is None:
+        return "table"
+    wanted = type_name(key.field.annotation)
+    return wanted.removeprefix("list of ").removesuffix("s") if isinstance(path[-1], int) else wanted
+
+
 def _example(key: Key | None, node: Node, wanted: str, limit: str) -> str:
-    if key is None or isinstance(node.value, dict) != (wanted == "table") and wanted == "table":
-        return "write it as a table: [" + node.key + "]"
+    if wanted == "list of tables":
+        return f"write it as [[{node.key}]], with two brackets, once for each grader"
+    if key is None or wanted == "table":
+        return f"write it as a table, [{node.key}]"
     if key.default is not None:
         return f"for example the default, {key.last} = {shown(key.default)}"
-    if key.required and wanted == "string":
+    if key.required:
         return f'write {key.last} = "..."'
     return f"write {_article(wanted)}{' ' + limit if limit else ''}, or leave {key.last} out"
 
 
 def _missing(path: KeyPath, node: Node, key: Key | None) -> Problem:
     name = str(path[-1])
-    if len(path) == 1:
+    if key is None or not key.home:
         return Problem(node.place, f"{name} is missing", f'write {name} = "my-run" at the top of the file')
-    wanted = type_name(key.field.annotation) if key else "string"
-    example = '"..."' if wanted == "string" else wanted
-    return Problem(node.place, f"{node.key}: {name} is missing", f"write {name} = {example} in [{node.key}]")
+    return Problem(node.place, f"{node.key}.{name} is missing", f'write {name} = "..." in {node.key}')
 
 
 def _missing_section(section: str, names: list[str], merged: Node) -> Problem:
-    first = merged.nearest(("steps", names[0]))
-    who = "step " + names[0] if len(names) == 1 else "steps " + ", ".join(names)
-    example = {"model": 'model = "DIR"', "data": 'data = "FILE.jsonl"'}.get(section, f"a [{section}] section")
-    verb = "needs" if len(names) == 1 else "need"
+    who = f"step {names[0]} needs" if len(names) == 1 else f"steps {', '.join(names)} need"
+    example = SECTION_EXAMPLES[section]
     return Problem(
-        first.place,
-        f"{section} is missing: {who} {verb} it",
-        f"write {example} at the top of the file, or steps.{names[0]}.{section} for one step only",
+        merged.nearest(("steps", names[0])).place,
+        f"{section} is missing: {who} it",
+        f"write {example} at the top of the file, or steps.{names[0]}.{example} for one step",
     )
 
 
 def _unknown_below(path: KeyPath, node: Node, merged: Node) -> Problem:
     parent, name = path[:-1], str(path[-1])
     if len(parent) == 2:
-        kind = kind_of(merged.nearest(parent)) or "report"
-        valid = (*own_keys(kind), *sections_of(kind))
-        if name in SECTIONS:
-            have = ", ".join(sections_of(kind)) or "none"
-            return Problem(
-                node.place,
-                f"{node.key}: a step of kind {kind} has no section {name} (its sections: {have})",
-                f"remove it, or move it to a step of kind {' or '.join(kinds_with(name))}",
-            )
-        return _unknown(node, name, valid=valid, here=f"a step of kind {kind}", prefix=f"steps.{parent[1]}.")
-    home = _home(parent)
+        return _unknown_in_step(name, node, merged.nearest(parent))
+    home = ".".join(part for part in parent[2:] if isinstance(part, str))
     valid = tuple(key.last for key in all_keys() if key.home == home)
     prefix = node.key.removesuffix(dotted((*parent[2:], name)))
     return _unknown(node, name, valid=valid, here=f"[{home}]", prefix=prefix)
 
 
-def _unknown(node: Node, name: str, *, valid: tuple[str, ...], here: str, prefix: str) -> Problem:
-    message = f"{node.key}: unknown key '{name}' in {here}.{did_you_mean(name, valid)}"
-    homes = [key.home for key in all_keys() if key.last == name and key.home in SECTIONS]
-    if homes and not did_you_mean(name, valid):
+def _unknown_in_step(name: str, node: Node, step: Node) -> Problem:
+    kind = kind_of(step) or "report"
+    sections = sections_of(kind)
+    if name in SECTIONS:
+        have = ", ".join(sections) or "none"
         return Problem(
             node.place,
-            f"{message} It belongs in [{homes[0]}].",
-            f"write {prefix}{homes[0]}.{name}, or remove it",
+            f"{node.key}: a step of kind {kind} has no section {name} (its sections: {have})",
+            f"remove it, or move it to a step of kind {alternatives(kinds_with(name))}",
         )
+    prefix = node.key.removesuffix(quoted(name))
+    here = f"a step of kind {kind}"
+    return _unknown(node, name, valid=(*own_keys(kind), *sections), here=here, prefix=prefix)
+
+
+def _unknown(node: Node, name: str, *, valid: tuple[str, ...], here: str, prefix: str) -> Problem:
+    message = f"{node.key}: unknown key '{name}' in {here}."
+    if hint := did_you_mean(name, valid):
+        return Problem(node.place, message + hint, "correct the spelling, or remove it")
+    homes = [key.home for key in all_keys() if key.last == name and key.home in SECTIONS]
+    if homes:
+        belongs = " or ".join(f"[{home}]" for home in homes)
+        return Problem(node.place, f"{message} It belongs in {belongs}.", f"write {prefix}{homes[0]}.{name}")
     return Problem(node.place, message, "the keys here are " + ", ".join(valid))
 
 
@@ -202,12 +260,8 @@ def entry_at(path: KeyPath) -> Key | None:
     return None
 
 
-def _home(parent: KeyPath) -> str:
-    return ".".join(part for part in parent[2:] if isinstance(part, str))
-
-
 def _choices(wanted: str) -> list[str]:
-    return [choice.strip('"') for choice in wanted.split(" or ")]
+    return re.findall(r'"([^"]+)"', wanted)
 
 
 def _type_of(value: Any) -> str:

@@ -1,0 +1,96 @@
+"""The files that a step names: model directory, tokenizer, data, a grader's Python file. Are they there?
+
+Owns existence and form. What a model allows is `miles.config.model_checks`, what is in the data `miles.data`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from miles.config.problems import Finding
+from miles.config.schema import EvalStep, ModelSection, RlStep, SftStep, StepBase
+from miles.errors import did_you_mean
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+
+
+def file_findings(step: StepBase) -> Iterator[Finding]:
+    """Files of one step that are missing or are not what they should be."""
+    if isinstance(step, SftStep | RlStep | EvalStep):
+        yield from _model_directory(step.model)
+    if isinstance(step, SftStep | RlStep):
+        yield from _data_file(step.data.path, "data")
+    if isinstance(step, RlStep | EvalStep):
+        if step.eval.data is not None:
+            yield from _data_file(step.eval.data.path, "eval", "data")
+        for index, reward in enumerate(step.rewards):
+            file = reward.grader.partition(":")[0]
+            if file.endswith(".py") and not Path(file).is_file():
+                message = f'rewards[{index}].grader = "{reward.grader}": no such file'
+                fix = "correct the path; it is relative to the run file"
+                yield Finding((("rewards", index, "grader"),), message, fix)
+
+
+def _model_directory(model: ModelSection) -> Iterator[Finding]:
+    if not model.path.startswith("step:"):
+        yield from _checkpoint(Path(model.path))
+    if model.tokenizer is not None:
+        yield from _tokenizer("tokenizer", model.tokenizer)
+    elif (Path(model.path) / "config.json").is_file():
+        yield from _tokenizer("path", model.path)
+
+
+def _tokenizer(key: str, path: str) -> Iterator[Finding]:
+    if path.startswith("step:") or any((Path(path) / file).is_file() for file in TOKENIZER_FILES):
+        return
+    what = "has no tokenizer" if Path(path).is_dir() else "no such directory"
+    yield Finding(
+        (("model", key),),
+        f'model.{key} = "{path}": {what}',
+        f"name a directory with a tokenizer in model.tokenizer (one of {', '.join(TOKENIZER_FILES)})",
+    )
+
+
+def _checkpoint(directory: Path) -> Iterator[Finding]:
+    given = f'model.path = "{directory}"'
+
+    def finding(what: str, fix: str) -> Finding:
+        return Finding((("model", "path"),), f"{given}: {what}", fix)
+
+    if not directory.is_dir():
+        what = "is a file, not a directory" if directory.is_file() else "no such directory"
+        yield finding(
+            f"{what}.{did_you_mean(directory.name, _siblings(directory))}",
+            "name a Hugging Face model directory; `hf download ORG/NAME --local-dir DIR` makes one",
+        )
+        return
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        yield finding("has no config.json", "name the directory of a Hugging Face model")
+        return
+    except OSError as error:
+        yield finding(f"config.json cannot be read: {error.strerror}", "check its permissions")
+        return
+    except ValueError as error:
+        yield finding(f"config.json is not valid JSON: {error}", "copy the model anew")
+        return
+    if not isinstance(config, dict):
+        yield finding("config.json is not a JSON object", "copy the model anew")
+    if not any(directory.glob("*.safetensors")):
+        yield finding("has no weights (*.safetensors)", "finish the download, or save it as safetensors")
+
+
+def _siblings(path: Path) -> list[str]:
+    return [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+
+
+def _data_file(path: str, *section: str) -> Iterator[Finding]:
+    if path.startswith("step:") or Path(path).is_file():
+        return
+    what = "is a directory, not a file" if Path(path).is_dir() else "no such file"
+    hint = did_you_mean(Path(path).name, _siblings(Path(path)))
+    message = f'{".".join(section)}.path = "{path}": {what}.{hint}'
+    yield Finding(((*section, "path"),), message, "correct the path; it is relative to the run file")
