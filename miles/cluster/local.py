@@ -16,17 +16,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from miles.cluster.processes import POLL_SECONDS, end_leftovers
 from miles.cluster.signals import REPEAT_SECONDS, StopSignal
 from miles.cluster.supervisor import log_to_stderr, supervise
-from miles.config.load import load_resolved
+from miles.config.load import load_resolved, load_run
+from miles.config.schema import RlStep, SftStep
 from miles.errors import Interrupted, MilesError, RunError
-from miles.runs.claim import Claim, Holder, current_holder
+from miles.runs.claim import Claim, Holder, current_holder, refuse_if_held
+from miles.runs.directory import create_run, run_directory, set_aside
 from miles.runs.failures import FAILURE_VARIABLE, exit_with_failures, read_failure
 from miles.runs.files import disk_errors
 from miles.runs.paths import RunPaths
+from miles.runs.trackers import check_trackers
 from miles.workflow.plan import PlannedStep, plan_run
 
 log = logging.getLogger(__name__)
@@ -41,6 +45,30 @@ def run_workflow(paths: RunPaths, stop: StopSignal) -> None:
             if stop.requested:
                 raise Interrupted(f"stopped before step '{planned.name}'", fix="the same command continues")
             supervise(paths, planned, stop)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A run directory that is ready to be driven."""
+
+    paths: RunPaths
+    set_aside: Path | None
+    """Where an earlier run of the same name went."""
+
+
+def prepare_run(file: Path, overrides: list[str], *, fresh: bool) -> Prepared:
+    """Load a run file and create or open its run directory, after everything that can be checked at once.
+
+    Raises ConfigError, and RunError when the run is in use, differs from the file, or cannot be written.
+    """
+    config = load_run(file, overrides)
+    for step in config.steps.values():
+        if isinstance(step, SftStep | RlStep):
+            check_trackers(step.tracking)
+    paths = run_directory(config)
+    refuse_if_held(paths)
+    aside = set_aside(paths) if fresh and paths.root.exists() else None
+    return Prepared(create_run(config), aside)
 
 
 def start_driver(paths: RunPaths) -> Driver:
@@ -64,6 +92,10 @@ class Driver:
     def __init__(self, paths: RunPaths, process: subprocess.Popen[bytes]) -> None:
         self._paths = paths
         self._process = process
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def running(self) -> bool:
         return self._process.poll() is None

@@ -81,6 +81,13 @@ def current_holder(paths: RunPaths) -> Holder | None:
     return holder if holder is not None and holder.identity.alive() else None
 
 
+def refuse_if_held(paths: RunPaths) -> None:
+    """Raise RunError when a live process drives the run."""
+    number, holder = _newest(paths)
+    if holder is not None and holder.identity.alive():
+        raise _in_use(paths, number, holder)
+
+
 def _newest(paths: RunPaths) -> tuple[int, Holder | None]:
     """Highest claim number (0: none) and its holder; None when that claim is released."""
     numbers = [int(path.stem) for path in paths.claims.glob("[0-9]*.json")]

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from miles.config.schema import RunConfig
-from miles.errors import ConfigError, did_you_mean
 from miles.runs.paths import STEP_PREFIX
 from miles.workflow.kinds import AnyStep
 
@@ -20,22 +19,13 @@ def needed_steps(step: AnyStep) -> list[str]:
 def order_steps(config: RunConfig) -> list[str]:
     """All steps, each after those it needs, otherwise in the order of the file.
 
-    Raises ConfigError for a needed step that does not exist and for steps that need each other in a circle.
+    Needs that do not exist or go in a circle are the loader's to refuse (`miles.config`).
     """
-    needs = {name: needed_steps(step) for name, step in config.steps.items()}
-    for name, needed in needs.items():
-        for other in needed:
-            if other not in needs:
-                raise ConfigError(
-                    f"step '{name}' needs step '{other}', which does not exist." + did_you_mean(other, needs),
-                    fix=f"the steps of this run are: {', '.join(needs)}",
-                )
+    needs = {name: set(needed_steps(step)) for name, step in config.steps.items()}
     order: list[str] = []
     while len(order) < len(needs):
-        ready = next((name for name in needs if name not in order and set(needs[name]) <= set(order)), None)
-        if ready is None:
-            circle = ", ".join(f"'{name}'" for name in needs if name not in order)
-            raise ConfigError(f"steps {circle} need each other in a circle", fix="remove one of their needs")
+        ready = next((name for name in needs if name not in order and needs[name] <= set(order)), None)
+        assert ready is not None, f"steps need each other in a circle, or steps that do not exist: {needs}"
         order.append(ready)
     return order
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from miles.config.load import load_resolved
+from miles.errors import MilesError
 from miles.runs.attempts import Attempt, EndReason, read_attempts
 from miles.runs.claim import Holder, current_holder
 from miles.runs.paths import RunPaths
@@ -76,6 +77,33 @@ def read_status(paths: RunPaths, *, now: float | None = None) -> RunStatus:
         for planned in plan_run(config, paths)
     ]
     return RunStatus(config.name, str(paths.root), run_state(steps, driven=driven), holder, steps)
+
+
+@dataclass(frozen=True, slots=True)
+class RunSummary:
+    """One line of a list of runs."""
+
+    name: str
+    directory: str
+    state: State | None
+    """None: the directory cannot be read as a run."""
+    steps: int
+    done: int
+    seconds: float
+    """Sum of the steps' durations."""
+    problem: str
+    """Why it cannot be read."""
+
+
+def summarize_run(paths: RunPaths) -> RunSummary:
+    """One line of a list of runs; a damaged run is listed with its problem."""
+    try:
+        status = read_status(paths)
+    except MilesError as error:
+        return RunSummary(paths.root.name, str(paths.root), None, 0, 0, 0.0, error.message)
+    done = sum(step.state is State.DONE for step in status.steps)
+    seconds = sum(step.seconds or 0.0 for step in status.steps)
+    return RunSummary(paths.root.name, str(paths.root), status.state, len(status.steps), done, seconds, "")
 
 
 def step_status(planned: PlannedStep, attempts: list[Attempt], *, driven: bool, now: float) -> StepStatus:

@@ -1,0 +1,180 @@
+"""Commands about runs that exist: watch, status, logs, stop, report, runs."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from miles.cli.common import JsonOption, RunArgument, print_json, print_next, run_argument, stdout
+
+
+def watch(run: RunArgument = None) -> None:
+    """Follow a run live.
+
+    Ctrl-C leaves the view; the run goes on.
+    """
+    from miles.reports.watch import print_summary, watch_run
+    from miles.runs.claim import current_holder
+    from miles.runs.directory import find_run
+
+    paths = find_run(run)
+    console = stdout()
+    watch_run(paths, console, running=lambda: current_holder(paths) is not None, on_interrupt=lambda: False)
+    name = run_argument(paths.root)
+    if current_holder(paths) is not None:
+        print_next(
+            console, (f"miles watch {name}", "the run goes on: look again"), (f"miles stop {name}", "stop it")
+        )
+        return
+    print_summary(paths, console)
+    print_next(
+        console, (f"miles status {name}", "steps, times, attempts"), (f"miles report {name}", "the report")
+    )
+
+
+def status(run: RunArgument = None, json: JsonOption = False) -> None:
+    """Show the steps of a run and their figures."""
+    from dataclasses import asdict
+
+    from miles.reports.snapshot import take_snapshot
+    from miles.reports.terminal import run_view
+    from miles.runs.directory import find_run
+    from miles.workflow.status import State
+
+    paths = find_run(run)
+    snapshot = take_snapshot(paths)
+    if json:
+        last = {line.stage: {"step": line.step, "values": line.values} for line in snapshot.metrics}
+        progress = asdict(snapshot.progress) if snapshot.progress else None
+        print_json({**asdict(snapshot.status), "progress": progress, "last_metrics": last})
+        return
+    console = stdout()
+    console.print(run_view(snapshot, width=console.width))
+    name = run_argument(paths.root)
+    match snapshot.status.state:
+        case State.RUNNING:
+            print_next(console, (f"miles watch {name}", "follow it"), (f"miles stop {name}", "stop it"))
+        case State.DONE:
+            print_next(console, (f"miles report {name}", "the report"))
+        case _:
+            print_next(
+                console,
+                (f"miles logs {name}", "what its processes said"),
+                ("miles submit FILE --local", "continue it with the file it was started from"),
+            )
+
+
+def logs(
+    run: RunArgument = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on while the run is driven.")] = False,
+    role: Annotated[
+        str | None, typer.Option("--role", help="Only these processes: driver, engine, trainer or step.")
+    ] = None,
+    attempt: Annotated[
+        int | None, typer.Option("--attempt", min=1, help="Attempt number; none: the newest.")
+    ] = None,
+    lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="Last lines of each log.")] = 100,
+) -> None:
+    """Print the logs of a run's processes."""
+    from miles.runs.claim import current_holder
+    from miles.runs.directory import find_run
+    from miles.runs.logs import follow_logs, log_tails
+
+    paths = find_run(run)
+    write = typer.echo
+    if follow:
+        with contextlib.suppress(KeyboardInterrupt):
+            follow_logs(paths, attempt, role, lines, write, running=lambda: current_holder(paths) is not None)
+        return
+    for text in log_tails(paths, attempt, role, lines):
+        write(text)
+
+
+def stop(
+    run: RunArgument = None,
+    now: Annotated[
+        bool, typer.Option("--now", help="End everything at once, not at the next boundary.")
+    ] = False,
+    timeout: Annotated[
+        float, typer.Option("--timeout", min=0.0, help="Seconds to wait for the end.")
+    ] = 180.0,
+) -> None:
+    """Stop a run and wait until it has ended.
+
+    `miles submit` with the same file continues it.
+    """
+    from miles.cluster.local import stop_run
+    from miles.runs.directory import find_run
+
+    paths = find_run(run)
+    holder = stop_run(paths, now=now, timeout=timeout)
+    console = stdout()
+    name = run_argument(paths.root)
+    console.print(f"run '{paths.root.name}' is stopped (it was process {holder.identity.pid})")
+    print_next(
+        console,
+        (f"miles status {name}", "where it stands"),
+        ("miles submit FILE --local", "continue it with the file it was started from"),
+    )
+
+
+def report(run: RunArgument = None, json: JsonOption = False) -> None:
+    """Write the HTML report of a run.
+
+    The run may be in any state, also running.
+    """
+    from miles.reports.html import write_report
+    from miles.runs.directory import find_run
+
+    paths = find_run(run)
+    file = write_report(paths.root)
+    if json:
+        print_json({"report": str(file)})
+        return
+    console = stdout()
+    console.print(f"report: {file}", soft_wrap=True)
+    print_next(console, (f"xdg-open {file}", "look at it (or open it in a browser)"))
+
+
+def runs(
+    directory: Annotated[Path, typer.Argument(metavar="[DIR]", help="Directory that holds runs.")] = Path(
+        "runs"
+    ),
+    json: JsonOption = False,
+) -> None:
+    """List the runs of a directory.
+
+    The one with the newest activity comes first.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    from miles.reports.terminal import duration, state_text
+    from miles.runs.directory import list_runs
+    from miles.workflow.status import State, summarize_run
+
+    found = [summarize_run(paths) for paths in list_runs(directory)]
+    if json:
+        from dataclasses import asdict
+
+        print_json([asdict(entry) for entry in found])
+        return
+    console = stdout()
+    if not found:
+        console.print(f"no runs under {directory.absolute()}")
+        print_next(console, ("miles init", "write a run file to start from"))
+        return
+    table = Table(
+        "run", "state", "steps", "time", box=None, header_style="dim", pad_edge=False, padding=(0, 2, 0, 0)
+    )
+    for entry in found:
+        state = state_text(entry.state) if entry.state is not None else Text("unreadable", "red")
+        steps = f"{entry.done}/{entry.steps}" if entry.state is not None else entry.problem
+        table.add_row(entry.name, state, steps, duration(entry.seconds))
+    console.print(table)
+    running = next((entry for entry in found if entry.state is State.RUNNING), None)
+    name = run_argument(Path((running or found[0]).directory))
+    print_next(console, (f"miles watch {name}" if running else f"miles status {name}", "look at it"))
