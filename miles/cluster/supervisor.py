@@ -146,7 +146,7 @@ class Supervision:
         )
         for index, port in enumerate(ports):
             arguments = [*self._arguments(), "--index", str(index), "--port", str(port)]
-            command = Command("engine", index, "miles.engines.serve", arguments, environment)
+            command = Command("engine", index, self._processes.engine_module, arguments, environment)
             self._start_into(self._engines, command)
 
     def _start_ranks(self, port: int, engine_urls: list[str]) -> None:
@@ -174,7 +174,7 @@ class Supervision:
         if late:
             child = self._engines[ports.index(late[0])]
             raise EngineError(
-                f"{child.name} did not answer within {timeout:g} s.{_end_of_log(child)}",
+                f"{child.name} did not answer within {timeout:g} s\n{_end_of_log(child)}",
                 fix="raise engine.startup_timeout if it was still loading",
             )
 
@@ -206,12 +206,12 @@ def _death(child: Child) -> str:
         how = f"was killed by {signal.Signals(-code).name}"
         if -code == signal.SIGKILL:
             how += " (the system does that when memory runs out)"
-    return f"{child.name} (process {child.pid}) {how}.{_end_of_log(child)}"
+    return f"{child.name} (process {child.pid}) {how}\n{_end_of_log(child)}"
 
 
 def _end_of_log(child: Child) -> str:
     tail = child.log_tail()
-    return f" End of {child.log}:\n{tail}" if tail else f" Its log {child.log} is empty."
+    return f"end of {child.log}:\n{tail}" if tail else f"its log {child.log} is empty"
 
 
 def main() -> None:

@@ -19,11 +19,10 @@ class Processes:
     """`trainer` for torch.distributed ranks, `step` for a process of its own; the name of its log."""
     ranks: int
     engines: int
+    engine_module: str
     local: LocalSection
     startup_timeout: float
     """Seconds an engine may take until it answers."""
-    writes_metrics: bool
-    """Whether the step has metrics and transcripts, which go when it starts again from its beginning."""
 
 
 def processes_of(step: AnyStep) -> Processes:
@@ -36,8 +35,10 @@ def processes_of(step: AnyStep) -> Processes:
         case EvalStep():
             return _ranks(step.local, 1, step.local.engines, step.engine.startup_timeout)
         case TinyTaskStep() | ReportStep():
-            return Processes("miles.workflow.run_step", "step", 1, 0, LocalSection(), 0.0, False)
+            return Processes("miles.workflow.run_step", "step", 1, 0, "", LocalSection(), 0.0)
 
 
 def _ranks(local: LocalSection, ranks: int, engines: int, startup_timeout: float) -> Processes:
-    return Processes("miles.training.worker", "trainer", ranks, engines, local, startup_timeout, True)
+    return Processes(
+        "miles.training.worker", "trainer", ranks, engines, "miles.engines.serve", local, startup_timeout
+    )
