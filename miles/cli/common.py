@@ -36,17 +36,23 @@ def print_json(value: Any) -> None:
 
 
 def print_next(console: Console, *commands: tuple[str, str]) -> None:
-    """What to type next: commands, each with what it does."""
-    from rich.table import Table
+    """What to type next: commands, each with what it does; never wrapped, so that they can be copied."""
     from rich.text import Text
 
-    table = Table.grid(padding=(0, 2))
+    width = max(len(command) for command, _ in commands)
     for command, meaning in commands:
-        table.add_row(Text("next:", "dim"), Text(command, "bold"), Text(meaning, "dim"))
-    console.print(table)
+        line = Text.assemble(("next: ", "dim"), (command.ljust(width), "bold"), (f"  # {meaning}", "dim"))
+        console.print(line, soft_wrap=True)
 
 
 def run_argument(run_dir: Path) -> str:
     """How a person names this run in the next command: by name where that finds it."""
     by_name = Path("runs").absolute() / run_dir.name
     return run_dir.name if by_name == run_dir else str(run_dir)
+
+
+def continue_command(run_dir: Path) -> str:
+    """The command that continues a run from its own resolved file."""
+    file = run_dir / "run.toml"
+    here = Path.cwd()
+    return f"miles submit {file.relative_to(here) if file.is_relative_to(here) else file} --local"

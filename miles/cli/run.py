@@ -8,7 +8,15 @@ from typing import Annotated
 
 import typer
 
-from miles.cli.common import JsonOption, RunArgument, print_json, print_next, run_argument, stdout
+from miles.cli.common import (
+    JsonOption,
+    RunArgument,
+    continue_command,
+    print_json,
+    print_next,
+    run_argument,
+    stdout,
+)
 
 
 def watch(run: RunArgument = None) -> None:
@@ -63,7 +71,7 @@ def status(run: RunArgument = None, json: JsonOption = False) -> None:
             print_next(
                 console,
                 (f"miles logs {name}", "what its processes said"),
-                ("miles submit FILE --local", "continue it with the file it was started from"),
+                (continue_command(paths.root), "continue it"),
             )
 
 
@@ -117,7 +125,7 @@ def stop(
     print_next(
         console,
         (f"miles status {name}", "where it stands"),
-        ("miles submit FILE --local", "continue it with the file it was started from"),
+        (continue_command(paths.root), "continue it"),
     )
 
 

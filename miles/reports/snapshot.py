@@ -46,6 +46,10 @@ class Change:
     before: float
     after: float
 
+    @property
+    def improved(self) -> bool:
+        return self.after > self.before
+
 
 def take_snapshot(paths: RunPaths) -> Snapshot:
     """Read the run directory."""

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from miles.reports.blocks import column_chart, resample, sparkline
-from miles.reports.snapshot import Snapshot, evaluation_changes, series
+from miles.reports.snapshot import Change, Snapshot, series
 from miles.runs.metrics import MetricsLine
 from miles.runs.progress import Progress
 from miles.workflow.status import State, StepStatus
@@ -141,17 +141,13 @@ def plain_line(snapshot: Snapshot, line: MetricsLine) -> str:
     return f"{line.stage} {line.step}{f'/{steps}' if steps else ''}: " + "  ".join(figures)
 
 
-def summary(snapshot: Snapshot) -> RenderableType:
-    """What came out of a run: evaluation before and after."""
+def changes_table(changes: list[Change]) -> Table:
+    """Evaluation before and after."""
     table = Table.grid(padding=(0, 2))
-    for change in evaluation_changes(snapshot):
-        better = change.after > change.before
-        table.add_row(
-            Text(change.stage, "dim"),
-            change.name,
-            f"{change.before:.3f} → {change.after:.3f}",
-            Text(f"{change.after - change.before:+.3f}", "green" if better else "yellow"),
-        )
+    for change in changes:
+        difference = Text(f"{change.after - change.before:+.3f}", "green" if change.improved else "yellow")
+        values = f"{change.before:.3f} → {change.after:.3f}"
+        table.add_row(Text(change.stage, "dim"), f"held-out {change.name}", values, difference)
     return table
 
 

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from rich.console import Console
 from rich.live import Live
 
-from miles.reports.snapshot import Snapshot, take_snapshot
-from miles.reports.terminal import duration, plain_line, run_view, summary
+from miles.reports.snapshot import Snapshot, evaluation_changes, take_snapshot
+from miles.reports.terminal import changes_table, duration, plain_line, run_view
 from miles.runs.paths import RunPaths
 from miles.workflow.status import State
 
@@ -43,7 +43,11 @@ def print_summary(paths: RunPaths, console: Console) -> None:
     seconds = sum(step.seconds or 0.0 for step in steps)
     done = sum(step.state is State.DONE for step in steps)
     console.print(f"{snapshot.status.name}: {done} of {len(steps)} steps done in {duration(seconds)}")
-    console.print(summary(snapshot))
+    changes = evaluation_changes(snapshot)
+    if changes:
+        console.print(changes_table(changes))
+    if paths.report.exists():
+        console.print(f"report: {paths.report}", soft_wrap=True)
 
 
 def _until_interrupted(
@@ -99,10 +103,13 @@ class _PlainLog:
     def _write_states(self, snapshot: Snapshot, *, begun: bool) -> None:
         """Print steps that have begun to run since the last snapshot, or those that have ended."""
         for step in snapshot.status.steps:
-            changed = self._states.get(step.name, State.PENDING) is not step.state
+            changed = self._states.get(step.name) is not step.state
             if not changed or (step.state is State.RUNNING) is not begun:
                 continue
+            first = step.name not in self._states
             self._states[step.name] = step.state
+            if first and step.state not in (State.RUNNING, State.DONE):
+                continue  # how an earlier attempt ended
             remark = f" ({step.note})" if begun and step.note else ""
             if not begun and step.seconds is not None:
                 remark = f" after {duration(step.seconds)}"

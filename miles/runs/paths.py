@@ -35,6 +35,11 @@ class RunPaths:
         return self.root / "progress.json"
 
     @property
+    def report(self) -> Path:
+        """The HTML report."""
+        return self.root / "report" / "report.html"
+
+    @property
     def samples(self) -> Path:
         """Directory of transcripts, one directory per stage."""
         return self.root / "samples"
