@@ -82,7 +82,8 @@ def reference_markdown() -> str:
     """The text of docs/reference/config.md."""
     parts = [
         "# Run file reference",
-        "Generated from `miles/config/schema.py`; `miles config explain KEY` prints the same. How files, defaults, steps and overrides fit together is in [Configuration](../configuration.md).",
+        "Generated from `miles/config/schema.py`; `miles config explain KEY` prints the same. "
+        "How files, defaults, steps and overrides fit together is in [Configuration](../configuration.md).",
         "## Top level",
         _table([entry for entry in all_keys() if entry.name in RUN_KEYS]),
         "`extends` (string or list of strings): "
@@ -115,7 +116,7 @@ def _key(key: Key) -> Explanation:
         default = "not set"
     else:
         default = shown(key.default)
-    text = key.field.description or ""
+    text = key.text
     return Explanation(
         key.name, type_name(key.field.annotation), default, bounds(key.field), text, _written_in(key)
     )

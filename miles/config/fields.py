@@ -5,10 +5,13 @@ Owns the introspection that error messages, `miles config explain` and the refer
 
 from __future__ import annotations
 
+import ast
+import inspect
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache
+from itertools import pairwise
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -69,6 +72,7 @@ class Key:
     name: str
     """`train.lr`, `eval.data.path`, `name`, or `steps.NAME.layers` for what only a step has."""
     field: FieldInfo
+    owner: type[Section]
     kinds: tuple[str, ...]
     """Kinds of steps that have it; empty for keys of the run."""
 
@@ -80,6 +84,11 @@ class Key:
     def home(self) -> str:
         """The table that it is written in: `train`, `steps.NAME`, or empty for the top level."""
         return self.name.rpartition(".")[0]
+
+    @property
+    def text(self) -> str:
+        """Its documentation."""
+        return self.field.description or docstrings()[self.owner.__name__, self.last]
 
     @property
     def required(self) -> bool:
@@ -105,23 +114,42 @@ def all_keys() -> tuple[Key, ...]:
 
 def _keys() -> Iterator[Key]:
     for name in RUN_KEYS:
-        yield Key(name, RunConfig.model_fields[name], ())
+        yield Key(name, RunConfig.model_fields[name], RunConfig, ())
     for section, model in SECTIONS.items():
         yield from _section_keys(section, model, kinds_with(section))
     shared = {"kind": KIND, "needs": StepBase.model_fields["needs"]}
     for name, field in shared.items():
-        yield Key(f"steps.NAME.{name}", field, tuple(STEP_KINDS))
+        yield Key(f"steps.NAME.{name}", field, StepBase, tuple(STEP_KINDS))
     for kind, step in STEP_KINDS.items():
         for name in own_keys(kind):
             if name not in shared:
-                yield Key(f"steps.NAME.{name}", step.model_fields[name], (kind,))
+                yield Key(f"steps.NAME.{name}", step.model_fields[name], step, (kind,))
 
 
 def _section_keys(prefix: str, model: type[Section], kinds: tuple[str, ...]) -> Iterator[Key]:
     for name, field in model.model_fields.items():
-        yield Key(f"{prefix}.{name}", field, kinds)
+        yield Key(f"{prefix}.{name}", field, model, kinds)
         if (inner := section_type(field.annotation)) is not None:
             yield from _section_keys(f"{prefix}.{name}", inner, kinds)
+
+
+@cache
+def docstrings() -> dict[tuple[str, str], str]:
+    """The string under each field of the schema, by class and field.
+
+    Pydantic can collect them itself, but does so whenever the schema is imported, which costs 0.05 s.
+    """
+    found = {}
+    for node in ast.parse(inspect.getsource(schema)).body:
+        if isinstance(node, ast.ClassDef):
+            for field, text in pairwise(node.body):
+                match field, text:
+                    case (
+                        ast.AnnAssign(target=ast.Name(id=name)),
+                        ast.Expr(value=ast.Constant(value=str(words))),
+                    ):
+                        found[node.name, name] = " ".join(words.split())
+    return found
 
 
 def section_type(annotation: Any) -> type[Section] | None:

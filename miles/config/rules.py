@@ -139,8 +139,8 @@ def _lengths(
     if longest > train.max_tokens_per_micro_batch:
         yield _finding(
             f"train.max_tokens_per_micro_batch {keys}",
-            f"train.max_tokens_per_micro_batch = {train.max_tokens_per_micro_batch} is less than one sequence "
-            f"may have: {parts} = {longest}",
+            f"train.max_tokens_per_micro_batch = {train.max_tokens_per_micro_batch} is less than one "
+            f"sequence may have: {parts} = {longest}",
             f"set train.max_tokens_per_micro_batch to at least {longest}, or lower those",
         )
     if engine.context_length is not None and longest > engine.context_length:
@@ -148,7 +148,7 @@ def _lengths(
             f"engine.context_length {keys}",
             f"engine.context_length = {engine.context_length} is less than one sequence may have: "
             f"{parts} = {longest}",
-            f"set engine.context_length to at least {longest}, or lower rollout.max_response_tokens",
+            f"set engine.context_length to at least {longest}, or shorten the responses",
         )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import textwrap
 
 from miles.config.fields import SECTIONS, Key, all_keys, type_name
+from miles.config.files import preset_names
 from miles.config.problems import shown
 
 LIVE = {
@@ -24,14 +25,15 @@ LIVE = {
 WIDTH = 100
 
 
-def commented_config(name: str = "my-run", model: str = "path/to/model", data: str = "prompts.jsonl") -> str:
+def commented_config(
+    name: str = "my-run", model: str = "path/to/model", data: str = "path/to/prompts.jsonl"
+) -> str:
     """A run file that shows every key of every section; it loads where `model` and `data` exist."""
     parts = [
-        "# A run of Miles: `miles submit FILE --local` starts it, `miles config check FILE` checks it first.\n"
+        "# A run of Miles: `miles submit FILE --local` starts it, `miles config check FILE` checks it.\n"
         "# Lines that begin with `# key =` show defaults. `miles config explain KEY` says more.",
         f"name = {shown(name)}",
-        "# A preset to start from: dapo, dr-grpo, grpo, cpu. Several are possible.\n"
-        '# extends = "preset:dapo"',
+        f'# Presets to start from: {", ".join(preset_names())}.\n# extends = "preset:dapo"',
         f"{_comment('Hugging Face model directory, relative to this file.')}\nmodel = {shown(model)}",
         f"{_comment('JSONL or Parquet file with a prompt and a label column.')}\ndata = {shown(data)}",
     ]
@@ -44,7 +46,7 @@ def _section(section: str) -> str:
     lines = [_comment((SECTIONS[section].__doc__ or "").strip().splitlines()[0]), title]
     for key in all_keys():
         if key.home == section:
-            lines += [_comment(key.field.description or ""), _assignment(key)]
+            lines += [_comment(key.text), _assignment(key)]
     return "\n".join(lines)
 
 
