@@ -87,7 +87,7 @@ def _import_module(name: str, module_name: str) -> ModuleType:
     except Exception as error:  # whatever user code raises at import
         raise DataError(
             f"grader '{name}': importing {module_name} failed: {describe(error)}",
-            fix="modules are found from the working directory and PYTHONPATH; name a file as path/file.py:function",
+            fix="modules are found from the working directory and PYTHONPATH; files as path/file.py:function",
         ) from error
 
 
