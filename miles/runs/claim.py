@@ -45,7 +45,7 @@ class Claim:
         holder = Holder(ProcessIdentity.of(), time.time())
         with disk_errors(paths.claims):
             paths.claims.mkdir(exist_ok=True)
-            temporary = paths.claims / f".{holder.identity.host}-{holder.identity.pid}.tmp"
+            temporary = paths.claims / f".{holder.identity.host}-{holder.identity.pid}-{time.time_ns()}.tmp"
             try:
                 write_new(temporary, _text(holder, released=False))
                 while True:

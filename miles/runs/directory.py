@@ -94,7 +94,7 @@ def find_run(run: str | None, runs_dir: Path = Path("runs")) -> RunPaths:
 
 def list_runs(runs_dir: Path = Path("runs")) -> list[RunPaths]:
     """All runs under a directory, the one with the newest activity first."""
-    found = [RunPaths(path.parent.absolute()) for path in runs_dir.glob("*/run.toml")]
+    found = [RunPaths(path.parent.absolute()) for path in runs_dir.glob("[!.]*/run.toml")]
     return sorted(found, key=_last_activity, reverse=True)
 
 

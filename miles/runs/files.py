@@ -17,16 +17,19 @@ from typing import Any
 from miles.errors import RunError
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_REFUSALS = (*_FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
+
+
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Turn the disk's refusals (full, read-only, no permission) into a RunError that names the file."""
     try:
         yield
     except OSError as error:
-        refused = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
-        if error.errno not in refused:
+        if error.errno not in _REFUSALS:
             raise
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        full = error.errno in _FULL
         fix = "free some space there, or set runs_dir to" if full else "make it writable, or set runs_dir to"
         raise RunError(
             f"cannot write {path}: {os.strerror(error.errno)}", fix=f"{fix} another directory"

@@ -1,0 +1,120 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from miles.errors import RunError
+from miles.runs.claim import Claim, current_holder, refuse_if_held
+from miles.runs.paths import RunPaths
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from miles.runs.claim import Claim
+from miles.runs.paths import RunPaths
+with Claim.acquire(RunPaths(Path(sys.argv[1]))):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+RACE = """
+import sys, time
+from pathlib import Path
+from miles.errors import RunError
+from miles.runs.claim import Claim
+from miles.runs.paths import RunPaths
+while not Path(sys.argv[1], "go").exists():
+    time.sleep(0.001)
+try:
+    Claim.acquire(RunPaths(Path(sys.argv[1])))
+    print("won", flush=True)
+    sys.stdin.read()
+except RunError:
+    print("lost", flush=True)
+"""
+
+
+def _start(script: str, directory: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", script, str(directory)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _holder(directory: Path) -> subprocess.Popen[str]:
+    process = _start(HOLD, directory)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_second_process_is_refused_with_who_and_since_when(tmp_path: Path) -> None:
+    paths = RunPaths(tmp_path)
+    process = _holder(tmp_path)
+    with pytest.raises(RunError, match=rf"in use by process {process.pid} on .*, since 20"):
+        Claim.acquire(paths)
+    with pytest.raises(RunError, match="in use"):
+        refuse_if_held(paths)
+    holder = current_holder(paths)
+    assert holder is not None
+    assert holder.identity.pid == process.pid
+    process.communicate("")
+    assert current_holder(paths) is None
+    Claim.acquire(paths).release()
+
+
+def test_claim_of_a_killed_process_is_taken_over(tmp_path: Path) -> None:
+    process = _holder(tmp_path)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    with Claim.acquire(RunPaths(tmp_path)) as claim:
+        assert claim.previous is not None
+        assert claim.previous.identity.pid == process.pid
+
+
+def test_claim_of_a_reused_pid_is_taken_over(tmp_path: Path) -> None:
+    paths = RunPaths(tmp_path)
+    Claim.acquire(paths)
+    file = max(paths.claims.iterdir())
+    record = json.loads(file.read_text())
+    record["process"]["started"] -= 3600.0
+    file.write_text(json.dumps(record))
+    Claim.acquire(paths).release()
+
+
+def test_claim_of_another_host_stands_and_says_which_file_to_remove(tmp_path: Path) -> None:
+    paths = RunPaths(tmp_path)
+    Claim.acquire(paths)
+    file = max(paths.claims.iterdir())
+    record = json.loads(file.read_text())
+    record["process"]["host"] = "node017"
+    file.write_text(json.dumps(record))
+    with pytest.raises(RunError, match="node017") as caught:
+        Claim.acquire(paths)
+    assert str(file) in str(caught.value.fix)
+    file.unlink()
+    Claim.acquire(paths).release()
+
+
+def test_exactly_one_of_many_claimants_wins_a_dead_processes_claim(tmp_path: Path) -> None:
+    dead = _holder(tmp_path)
+    os.kill(dead.pid, signal.SIGKILL)
+    dead.wait()
+    racers = [_start(RACE, tmp_path) for _ in range(4)]
+    time.sleep(0.5)
+    (tmp_path / "go").touch()
+    words = []
+    for racer in racers:
+        assert racer.stdout is not None
+        words.append(racer.stdout.readline())
+    for racer in racers:
+        racer.communicate("")
+    assert sorted(words) == ["lost\n"] * 3 + ["won\n"]
+    assert not list((tmp_path / "claims").glob(".*"))

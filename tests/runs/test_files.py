@@ -1,0 +1,82 @@
+import json
+import multiprocessing
+from pathlib import Path
+
+import pytest
+
+from miles.errors import RunError
+from miles.runs.files import append_json, read_json_lines, write_atomic, write_new
+
+
+def test_atomic_write_replaces_whole_file_and_leaves_no_temporary(tmp_path: Path) -> None:
+    file = tmp_path / "state.json"
+    write_atomic(file, "a long first version\n")
+    write_atomic(file, "short\n")
+    assert file.read_text() == "short\n"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_new_file_has_its_mode_and_never_replaces(tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    write_new(file, "secret", mode=0o600)
+    assert file.stat().st_mode & 0o777 == 0o600
+    with pytest.raises(FileExistsError):
+        write_new(file, "other")
+    assert file.read_text() == "secret"
+
+
+@pytest.mark.parametrize("torn", ['{"a": ', '{"a": 3}', "x" * 100_000])
+def test_torn_last_line_is_unread_and_cut_by_the_next_append(tmp_path: Path, torn: str) -> None:
+    file = tmp_path / "lines.jsonl"
+    append_json(file, {"a": 1})
+    append_json(file, {"a": 2})
+    with file.open("a") as stream:
+        stream.write(torn)
+    assert read_json_lines(file) == [{"a": 1}, {"a": 2}]
+    append_json(file, {"a": 4})
+    assert read_json_lines(file) == [{"a": 1}, {"a": 2}, {"a": 4}]
+
+
+def test_torn_only_line_is_cut(tmp_path: Path) -> None:
+    file = tmp_path / "lines.jsonl"
+    file.write_text('{"a"')
+    assert read_json_lines(file) == []
+    append_json(file, {"a": 1})
+    assert file.read_text() == '{"a":1}\n'
+
+
+def test_damaged_line_before_the_last_is_an_error_that_names_it(tmp_path: Path) -> None:
+    file = tmp_path / "lines.jsonl"
+    file.write_text('{"a": 1}\ngarbage\n{"a": 2}\n')
+    with pytest.raises(RunError, match=r"lines\.jsonl, line 2"):
+        read_json_lines(file)
+
+
+def test_missing_file_has_no_lines(tmp_path: Path) -> None:
+    assert read_json_lines(tmp_path / "none.jsonl") == []
+
+
+def _append_many(file: Path, writer: int) -> None:
+    for index in range(50):
+        append_json(file, {"writer": writer, "index": index, "pad": "x" * 200})
+
+
+def test_lines_of_two_processes_stay_whole(tmp_path: Path) -> None:
+    file = tmp_path / "lines.jsonl"
+    context = multiprocessing.get_context("spawn")
+    writers = [context.Process(target=_append_many, args=(file, number)) for number in range(2)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert {(line["writer"], line["index"]) for line in lines} == {
+        (w, i) for w in range(2) for i in range(50)
+    }
+
+
+def test_refused_write_is_a_run_error_with_the_path(tmp_path: Path) -> None:
+    blocker = tmp_path / "file"
+    blocker.write_text("")
+    with pytest.raises(RunError, match=r"cannot write .*Not a directory"):
+        write_atomic(blocker / "state.json", "x")
