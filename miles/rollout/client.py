@@ -121,6 +121,8 @@ class EngineClient:
         }
         engine, answers = await self._post_to_any("/generate", body, load=len(seeds))
         try:
+            if not isinstance(answers, list):
+                raise TypeError(f"it is a {type(answers).__name__}, not a list")
             if len(answers) != len(seeds):
                 raise ValueError(f"{len(answers)} answers to {len(seeds)} requests")
             return [read_generation(answer, len(prompt_tokens), experts) for answer in answers]
@@ -191,7 +193,7 @@ class EngineClient:
             ) from error
 
     async def _request(self, method: str, engine: int, path: str, body: dict[str, Any] | None) -> Any:
-        """The decoded answer. Raises UnavailableError, or EngineError for an answer that no attempt can change."""
+        """The decoded answer. Raises UnavailableError, or EngineError where another attempt cannot help."""
         url = self.urls[engine] + path
         try:
             async with self._open().request(method, url, json=body, headers=self._headers) as response:
