@@ -186,15 +186,13 @@ _PLURALS = {"whole number": "whole numbers", "number": "numbers", "string": "str
 
 
 def bounds(field: FieldInfo) -> str:
-    """Bounds of a number or a list in words (`> 0`, `>= 0 and < 1`), or an empty string."""
+    """Bounds of a number, or of those in a list, in words (`> 0`, `>= 0 and < 1`); empty without any."""
     whole = "whole number" in type_name(field.annotation)
     words = []
     for item in _constraints(field):
         for attribute, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<=")):
             if (bound := getattr(item, attribute, None)) is not None:
                 words.append(f">= {bound + 1}" if whole and sign == ">" else f"{sign} {bound:g}")
-        if (least := getattr(item, "min_length", None)) is not None:
-            words.append(f"at least {least} of them")
     return " and ".join(words)
 
 

@@ -40,7 +40,6 @@ BOUND_ERRORS = (
     "greater_than_equal",
     "less_than",
     "less_than_equal",
-    "too_short",
     "finite_number",
 )
 SECTION_EXAMPLES = {
@@ -164,7 +163,9 @@ def _translate(detail: ErrorDetails, path: KeyPath, merged: Node, node: Node | N
     given = f"{node.key} = {shown(node.plain())}"
     wanted = _wanted(key, path)
     limit = bounds(key.field) if key else ""
-    if detail["type"] in BOUND_ERRORS:
+    if detail["type"] == "too_short":
+        message = f"{given}: must not be empty"
+    elif detail["type"] in BOUND_ERRORS:
         message = f"{given}: must be {limit or 'finite'}"
     elif detail["type"] in ("enum", "literal_error") and isinstance(node.value, str):
         message = f"{given}: must be {wanted}.{did_you_mean(node.value, _choices(wanted))}"
