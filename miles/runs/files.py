@@ -16,7 +16,6 @@ from typing import Any
 
 from miles.errors import RunError
 
-
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _REFUSALS = (*_FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 
