@@ -28,9 +28,7 @@ T = TypeVar("T")
 class RolloutSession:
     """The rollout of one `rl` or `eval` step. Close it when done."""
 
-    def __init__(
-        self, step: RlStep | EvalStep, *, paths: RunPaths, seed: int, engine_urls: Sequence[str]
-    ) -> None:
+    def __init__(self, step: RlStep | EvalStep, *, paths: RunPaths, seed: int, engine_urls: Sequence[str]) -> None:
         """Read and check prompts and graders, and connect. Raises DataError and EngineError."""
         self._step = step
         self._seed = seed

@@ -36,9 +36,7 @@ class SyncStats:
 class WeightSync:
     """Pushes weights to `engines` servers through `post` (rank 0 only; None on the others)."""
 
-    def __init__(
-        self, post: Post | None, *, engines: int, dtype: torch.dtype, bucket_bytes: int, verify: bool
-    ) -> None:
+    def __init__(self, post: Post | None, *, engines: int, dtype: torch.dtype, bucket_bytes: int, verify: bool) -> None:
         self._post = post
         self._engines = engines
         self._dtype = dtype

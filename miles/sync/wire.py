@@ -98,7 +98,15 @@ def loads(body: str) -> NamedTensors:
         return [(entry.name, _view(buffer, entry)) for entry in metadata]
     except ValueError:
         raise
-    except (pickle.UnpicklingError, KeyError, TypeError, AttributeError, EOFError, RuntimeError, ImportError) as error:
+    except (
+        pickle.UnpicklingError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        EOFError,
+        RuntimeError,
+        ImportError,
+    ) as error:
         raise ValueError(f"not a weight bucket: {error}") from error
 
 

@@ -40,10 +40,7 @@ def group_rows(group: Group, algorithm: AlgorithmSection) -> list[Sequence]:
     """One row per sample of a graded group; its loss weights are still 0."""
     rewards = torch.tensor([sample.reward for sample in group.samples])
     advantages = group_relative_advantages(rewards, normalize_std=algorithm.normalize_std)
-    return [
-        sample_row(sample, advantage)
-        for sample, advantage in zip(group.samples, advantages.tolist(), strict=True)
-    ]
+    return [sample_row(sample, advantage) for sample, advantage in zip(group.samples, advantages.tolist(), strict=True)]
 
 
 def sample_row(sample: Sample, advantage: float) -> Sequence:

@@ -31,9 +31,7 @@ class Recorder:
         """Say what is being done right now, for the live view."""
         if self._active:
             name = self._context.name
-            write_progress(
-                self._context.paths, Progress(name, self._kind, step, self._steps, phase, done, total)
-            )
+            write_progress(self._context.paths, Progress(name, self._kind, step, self._steps, phase, done, total))
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Record the numbers of one training step (0: before the first)."""

@@ -44,7 +44,11 @@ class ReinforcementLearning:
         self._values: dict[str, float] = {}
         self._recorder = Recorder(context, kind=step.kind, steps=self.steps, tracking=step.tracking)
         # Prompts and graders are checked before the model is built: bad data should cost seconds.
-        self._session = RolloutSession(context, step) if context.is_rank_zero else None
+        self._session = (
+            RolloutSession(step, paths=context.paths, seed=context.seed, engine_urls=context.engine_urls)
+            if context.is_rank_zero
+            else None
+        )
         dist.barrier()
         model_dir = context.paths.resolve(step.model.path)
         self._trainer = build_trainer(model_dir, step.train, context.seed)
@@ -139,9 +143,7 @@ class ReinforcementLearning:
             for number, micro_batches in enumerate(updates):
                 self._recorder.progress(step, "update", number, len(updates))
                 temperature = self._step.rollout.temperature
-                stats.append(
-                    self._trainer.update(micro_batches, self._loss, lr=lr, temperature=temperature)
-                )
+                stats.append(self._trainer.update(micro_batches, self._loss, lr=lr, temperature=temperature))
                 for name, value in stats[-1].metrics.items():
                     sums[name] = sums.get(name, 0.0) + value
         self._values |= token_means(sums)

@@ -8,12 +8,12 @@ from miles.algorithms.aggregation import token_weights
 from miles.algorithms.losses import perplexity, sft_loss, token_means
 from miles.config.schema import Aggregation, SftStep
 from miles.data.batch import Sequence
+from miles.data.inputs import open_model, resolved
 from miles.data.order import prompts_of_step
 from miles.data.packing import rank_micro_batches
 from miles.data.prompts import load_demonstrations
 from miles.errors import Interrupted
 from miles.training.context import Context, build_trainer
-from miles.training.inputs import open_model, resolved
 from miles.training.output import write_model
 from miles.training.recorder import Recorder
 from miles.training.schedule import learning_rate
@@ -37,9 +37,7 @@ def train_supervised(context: Context, step: SftStep) -> None:
         if context.stop.agreed():
             raise Interrupted(f"stopped before step {number} of {train.steps} of '{context.name}'")
         recorder.progress(number, "update")
-        draws = prompts_of_step(
-            len(rows), train.batch_size, number - 1, seed=context.seed, shuffle=step.data.shuffle
-        )
+        draws = prompts_of_step(len(rows), train.batch_size, number - 1, seed=context.seed, shuffle=step.data.shuffle)
         batch = weighted([rows[draw.index] for draw in draws])
         micro_batches = rank_micro_batches(batch, train.max_tokens_per_micro_batch, trainer.layout)
         lr = learning_rate(train, number)

@@ -9,6 +9,7 @@ Shape legend: T tokens, H hidden size, V rows of the vocabulary on this rank, C 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -27,6 +28,7 @@ def token_outputs(
     temperature: float,
     chunk_tokens: int,
     group: dist.ProcessGroup | None = None,
+    vocab_size: int | None = None,
 ) -> TokenOutputs:
     """`linear_token_outputs` of a packed micro-batch, aligned as in `miles.data.batch`; 0 at sequence starts.
 
@@ -34,7 +36,13 @@ def token_outputs(
     """
     sources, targets = next_token_targets(micro_batch)
     log_probs, entropy = linear_token_outputs(
-        hidden[sources], weight, targets, temperature=temperature, chunk_tokens=chunk_tokens, group=group
+        hidden[sources],
+        weight,
+        targets,
+        temperature=temperature,
+        chunk_tokens=chunk_tokens,
+        group=group,
+        vocab_size=vocab_size,
     )
     total = micro_batch.tokens.numel()
     return TokenOutputs(
@@ -60,6 +68,7 @@ def linear_token_outputs(
     temperature: float,
     chunk_tokens: int,
     group: dist.ProcessGroup | None = None,
+    vocab_size: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of the targets and entropy under softmax(hidden @ weight.T / temperature).
 
@@ -72,10 +81,26 @@ def linear_token_outputs(
     targets and the returned values are the same on every rank. The gradient of hidden is already summed over
     the group: the caller must not reduce it again. The gradient of weight is that of the local rows.
 
+    Rows of the whole vocabulary from `vocab_size` on are padding: they take no part and get no gradient.
+
     An entropy that nothing is computed from costs no backward work.
     """
-    outputs = _LinearTokenOutputs.apply(hidden, weight, targets, temperature, chunk_tokens, group)
+    first = 0 if group is None else dist.get_rank(group) * weight.shape[0]
+    rows = weight.shape[0] if vocab_size is None else min(weight.shape[0], vocab_size - first)
+    block = _Block(first, rows, group)
+    if rows < weight.shape[0]:
+        weight = weight[:rows]
+    outputs = _LinearTokenOutputs.apply(hidden, weight, targets, temperature, chunk_tokens, block)
     return cast(tuple[torch.Tensor, torch.Tensor], outputs)
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """The vocabulary rows of this rank."""
+
+    first: int
+    rows: int
+    group: dist.ProcessGroup | None
 
 
 class _LinearTokenOutputs(torch.autograd.Function):
@@ -87,9 +112,10 @@ class _LinearTokenOutputs(torch.autograd.Function):
         targets: torch.Tensor,
         temperature: float,
         chunk_tokens: int,
-        group: dist.ProcessGroup | None,
+        block: _Block,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        columns, owned = _local_columns(targets, weight.shape[0], group)
+        columns, owned = _local_columns(targets, block)
+        group = block.group
         normalizer = hidden.new_empty(targets.shape, dtype=_accumulator(hidden.dtype))
         log_probs, entropy = torch.empty_like(normalizer), torch.empty_like(normalizer)
         for rows in _chunks(len(targets), chunk_tokens):
@@ -139,13 +165,10 @@ class _LinearTokenOutputs(torch.autograd.Function):
         return hidden_grad, weight_grad, None, None, None, None
 
 
-def _local_columns(
-    targets: torch.Tensor, rows: int, group: dist.ProcessGroup | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _local_columns(targets: torch.Tensor, block: _Block) -> tuple[torch.Tensor, torch.Tensor]:
     """Row of each target in this rank's block, clamped into it, and whether it truly lies there; both [T]."""
-    first = 0 if group is None else dist.get_rank(group) * rows
-    columns = targets - first
-    return columns.clamp(0, rows - 1), (columns >= 0) & (columns < rows)
+    columns = targets - block.first
+    return columns.clamp(0, block.rows - 1), (columns >= 0) & (columns < block.rows)
 
 
 def _chunks(total: int, size: int) -> list[slice]:
