@@ -54,7 +54,7 @@ class CheckpointReader:
         return set(self._file_of)
 
     def read(self, name: str, shape: tuple[int, ...], part: tuple[slice, ...]) -> torch.Tensor:
-        """The given part of a tensor of that whole shape, on the CPU; `DataError` when it is not there or differs."""
+        """The given part of a tensor, on the CPU. `DataError` when it is missing or has another whole `shape`."""
         if name not in self._file_of:
             raise DataError(
                 f"{self.directory} has no weight {name!r}, which its config.json calls for",
@@ -63,7 +63,8 @@ class CheckpointReader:
         stored = self._open(self._file_of[name]).get_slice(name)
         if tuple(stored.get_shape()) != shape:
             raise DataError(
-                f"{name!r} in {self.directory} has the shape {tuple(stored.get_shape())}; its config.json says {shape}",
+                f"{name!r} in {self.directory} has the shape {tuple(stored.get_shape())}; "
+                f"its config.json calls for {shape}",
                 fix="the weights and the config.json belong to different models",
             )
         tensor: torch.Tensor = stored[part]
@@ -103,8 +104,8 @@ def write_model(
 ) -> None:
     """Write `weights` (whole tensors, checkpoint names) as a model directory that `from_pretrained` opens.
 
-    Everything else (config, tokenizer, chat template, generation config, remote code) is copied from `source`.
-    config.json is written last: a directory without it is unfinished. One shard is held in memory.
+    Everything else (config, tokenizer, chat template, generation config, remote code) is copied from
+    `source`. config.json is written last: a directory without it is unfinished. One shard is held in memory.
     """
     directory.mkdir(parents=True, exist_ok=True)
     _write_weights(directory, weights)

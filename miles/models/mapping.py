@@ -1,7 +1,7 @@
 """Names and shapes of a decoder's weights, in Hugging Face checkpoints and in megatron-core, and back.
 
-Pure functions of shapes and tensors: no model, no process group, no files. `miles.training.megatron.weights` moves
-the tensors. Families: Llama, Qwen2, Qwen3 and Qwen3-MoE; a family differs from another in `Geometry` only.
+Pure functions of shapes and tensors: no model, no process group, no files; `miles.training.megatron.weights`
+moves the tensors. Families: Llama, Qwen2, Qwen3 and Qwen3-MoE; they differ in their `Geometry` only.
 
 How megatron-core keeps a layer (T = tensor-parallel size; each rank holds 1/T of every checkpoint tensor):
 
@@ -53,7 +53,7 @@ class Geometry:
 
 
 def geometry_of(config: Any) -> Geometry:
-    """The geometry of a `transformers` config. `DataError` where it asks for something this mapping cannot keep."""
+    """The geometry of a `transformers` config; `DataError` where it asks for what the mapping cannot keep."""
     family = config.model_type
     if family not in FAMILIES:
         raise DataError(
@@ -94,7 +94,7 @@ def _require(config: Any, family: str) -> None:
     for key, refused in unsupported.items():
         if refused:
             raise DataError(
-                f"{key} = {getattr(config, key)!r} of this {family} model is not supported by the megatron backend",
+                f"the megatron backend does not support {key} = {getattr(config, key)!r} of this {family} model",
                 fix='train.backend = "fsdp" runs the Hugging Face implementation',
             )
 
@@ -146,8 +146,8 @@ class Weight:
 def decoder_weights(geometry: Geometry, *, fused_names: bool) -> Iterator[Weight]:
     """All weights in the order of the computation. Tied output weights are not listed.
 
-    `fused_names`: the names of Transformer Engine's modules, which hold a layer norm inside the linear layer after
-    it and all experts in one module, instead of megatron-core's own.
+    `fused_names`: the names of Transformer Engine's modules, which hold a layer norm inside the linear layer
+    after it and all experts in one module, instead of megatron-core's own.
     """
     vocabulary = (geometry.vocab_size, geometry.hidden_size)
     yield Weight(
@@ -264,7 +264,7 @@ def padded_vocab_size(vocab_size: int, tensor_parallel_size: int) -> int:
 
 
 def rank_slice(weight: Weight, shape: Sequence[int], rank: int, size: int) -> tuple[slice, ...]:
-    """The part of a checkpoint tensor that tensor-parallel rank `rank` of `size` reads; without padding rows."""
+    """The part of a checkpoint tensor that tensor-parallel rank `rank` of `size` reads; no padding rows."""
     if weight.split is None:
         return tuple(slice(None) for _ in shape)
     block = -(-shape[weight.split] // size)

@@ -1,8 +1,8 @@
 """`MegatronBackend`: the trainer protocol on megatron-core.
 
-Owns the step: forward and backward through megatron-core's pipeline schedule, the distributed optimizer, and what
-the ranks tell each other about it. Building the model, moving weights and the CPU's peculiarities have their own
-files here. Token outputs and losses are shared with the other backend.
+Owns the step: forward and backward through megatron-core's pipeline schedule, the distributed optimizer, and
+what the ranks tell each other about it. Building the model, moving weights and the CPU's peculiarities have their
+own files here. Token outputs and losses are shared with the other backend.
 """
 
 from __future__ import annotations
@@ -109,10 +109,10 @@ class MegatronBackend:
     def gradients(
         self, micro_batches: list[MicroBatch], loss: LossFunction, *, temperature: float
     ) -> tuple[float, Iterator[tuple[str, torch.Tensor]]]:
-        """The loss and its whole gradient, float32 under checkpoint names, without a step; for comparisons."""
+        """The loss and its whole gradient, float32 by checkpoint names, without a step; for comparisons."""
         with self._platform():
             sums = self._accumulate(micro_batches, loss, temperature, every_rank=True)
-        return sums["loss"], self._weights.export(lambda parameter: parameter.main_grad)
+        return sums["loss"], self._weights.export(_gradient)
 
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         return self._weights.export(lambda parameter: parameter)
@@ -141,7 +141,7 @@ class MegatronBackend:
     ) -> dict[str, float]:
         """Gradients into the buffers, reduced; returns the sums of loss and metrics, the same on every rank.
 
-        `every_rank`: reduce so that each data-parallel rank has the whole gradient, not only its optimizer's shard.
+        `every_rank`: each data-parallel rank gets the whole gradient, not only its optimizer's shard.
         """
 
         def weigh(
@@ -200,6 +200,7 @@ class MegatronBackend:
             temperature=temperature,
             chunk_tokens=self._train.log_prob_chunk_tokens,
             group=self._grid.tensor.group if self._grid.tensor.size > 1 else None,
+            vocab_size=self._weights.geometry.vocab_size,
         )
 
     def _from_last_stage(self, micro_batch: MicroBatch, outputs: TokenOutputs | None) -> TokenOutputs:
@@ -265,6 +266,12 @@ class _Trainable:
         return cls(wrapped, optimizer)
 
 
+def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """Where DistributedDataParallel accumulates it."""
+    gradient: torch.Tensor = vars(parameter)["main_grad"]
+    return gradient
+
+
 def _reduce_gradients(model: list[torch.nn.Module], num_tokens: torch.Tensor | None, **groups: Any) -> None:
     """megatron-core's reduction without its division by the number of tokens: the weights contain it."""
     finalize_model_grads(model, None, **groups)
@@ -273,7 +280,7 @@ def _reduce_gradients(model: list[torch.nn.Module], num_tokens: torch.Tensor | N
 def model_inputs(micro_batch: MicroBatch, multiple: int) -> dict[str, Any]:
     """Arguments of `GPTModel.forward` for a packed micro-batch.
 
-    Sequence parallelism divides the tokens over `multiple` ranks; a dummy sequence at the end makes them divisible.
+    Sequence parallelism divides the tokens over `multiple` ranks; a dummy sequence makes them divisible.
     """
     missing = -len(micro_batch.tokens) % multiple
     tokens, positions, offsets = micro_batch.tokens, micro_batch.position_ids, micro_batch.cu_seqlens

@@ -1,8 +1,8 @@
 """What it takes to run megatron-core on a CPU: each of its CUDA assumptions on our path, met without a GPU.
 
-megatron-core names CUDA where any device would do. `cpu_megatron()` answers those names from the CPU while it is
-entered and puts everything back when it is left, so that nothing else in the process notices. On a GPU this file
-is not used. Written against megatron-core 0.16.1; each replacement says which call it is for.
+megatron-core names CUDA where any device would do. `cpu_megatron()` answers those names from the CPU while it
+is entered and puts everything back when it is left, so that nothing else in the process notices. On a GPU this
+file is not used. Written against megatron-core 0.16.1; each replacement says which call it is for.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ def cpu_megatron() -> Iterator[None]:
     replacements: list[tuple[Any, str, Any]] = [
         # Buffers of gradients, embeddings and pipeline messages are allocated on the "current device".
         (torch.cuda, "current_device", lambda: CPU),
-        # A GPU must finish before pipeline messages are reused, and splits are copied to the host on a side stream.
+        # A GPU must finish before pipeline messages are reused; splits are copied to the host on a side stream.
         (torch.cuda, "synchronize", _nothing),
         (torch.cuda, "Stream", _Stream),
         (torch.cuda, "current_stream", _Stream),
         (torch.cuda, "stream", lambda _: nullcontext()),
-        # Forked around sequence-parallel regions and expert layers; our models draw nothing there (no dropout).
+        # Forked around sequence-parallel regions; our models draw nothing there (no dropout).
         (random, "_CUDA_RNG_STATE_TRACKER", _NoRandomness()),
         (random, "_CUDA_RNG_STATE_TRACKER_INITIALIZED", True),
         # Recomputation saves and restores the GPU's generator beside the CPU's.
@@ -40,7 +40,7 @@ def cpu_megatron() -> Iterator[None]:
         (random, "_set_cuda_rng_state", _nothing),
         # Without Transformer Engine, 0.16 reads this name in the router without having defined it.
         (moe_utils, "te_general_gemm", None),
-        # The original leaves CPU tensors as they are, but gloo wants the split sizes of an all-to-all as integers.
+        # The original leaves CPU tensors as they are; the split sizes of an all-to-all must be integers.
         (token_dispatcher, "maybe_move_tensor_to_cpu", _split_sizes),
     ]
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""The megatron-core model of a Hugging Face config: its `TransformerConfig`, its modules, its rotary frequencies.
+"""The megatron-core model of a Hugging Face config: `TransformerConfig`, modules, rotary frequencies.
 
 Owns the construction only. Weights come from `miles.training.megatron.weights`.
 """
@@ -34,7 +34,7 @@ class HiddenStatesModel(GPTModel):
     def _postprocess(self, hidden_states: torch.Tensor, **_: Any) -> torch.Tensor:
         if not (self.post_process and self.config.sequence_parallel):
             return hidden_states
-        # The output layer sums the gradient over its vocabulary shards, so each rank keeps its own rows of it.
+        # The output layer sums the gradient over its vocabulary shards; each rank keeps its own rows of it.
         return gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
 
     @property
@@ -115,7 +115,7 @@ def transformer_config(
         # Packed micro-batches differ in length; pipeline stages tell each other the shape.
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
-        # Gradients are summed over micro-batches and ranks, not averaged: the loss weights are already global.
+        # Gradients are summed over micro-batches and ranks, not averaged: the loss weights are global.
         calculate_per_token_loss=True,
         **(recompute if train.recompute else {}),
         **(_moe_arguments(geometry, train, fused) if geometry.experts else {}),

@@ -36,18 +36,17 @@ class PackedAttention(MegatronModule):
         **__: Any,
     ) -> torch.Tensor:
         """query [T, heads, D]; key, value [T, kv_heads, D]; returns [T, heads x D]."""
-        offsets = packed_seq_params.cu_seqlens_q.tolist()
-        lengths = [stop - start for start, stop in zip(offsets, offsets[1:], strict=False)]
-        outputs = [
-            F.scaled_dot_product_attention(
-                *(tensor.transpose(0, 1)[None] for tensor in sequence),
-                is_causal=True,
-                scale=self.softmax_scale,
-                enable_gqa=True,
-            )[0].transpose(0, 1)
-            for sequence in zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
-        ]
-        return torch.cat(outputs).flatten(1)
+        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
+        sequences = zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
+        return torch.cat([self._attend(q, k, v) for q, k, v in sequences]).flatten(1)
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """One sequence: [tokens, heads, D] to [tokens, heads, D]."""
+        query, key, value = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
+        attended = F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=self.softmax_scale, enable_gqa=True
+        )
+        return attended[0].transpose(0, 1)
 
 
 class RMSNorm(torch.nn.RMSNorm):

@@ -1,7 +1,7 @@
 """Weights between a Hugging Face directory and the ranks of a megatron-core model.
 
-Owns the traffic: which rank reads which part, and how whole tensors come together again. What belongs where is
-`miles.models.mapping`.
+Owns the traffic: which rank reads which part, and how whole tensors come together again. What belongs where
+is said by `miles.models.mapping`.
 """
 
 from __future__ import annotations
@@ -47,15 +47,17 @@ class ShardedWeights:
                 for name, shape in zip(weight.hf, weight.shapes, strict=True)
             ]
             name = self._local_name(weight)
+            parameter = self.parameters[name]
             with torch.no_grad():
-                self.parameters[name].copy_(fuse(weight, parts, self.geometry, tensor.size))
+                parameter.copy_(fuse(weight, parts, self.geometry, tensor.size))
+            _mark(parameter, weight)
             missing.remove(name)
         assert not missing, f"not in the mapping: {sorted(missing)}"
 
     def export(
         self, value: Callable[[torch.nn.Parameter], torch.Tensor]
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Whole tensors under their checkpoint names on every rank, one parameter in memory at a time. Collective.
+        """Whole tensors under their checkpoint names on every rank, one parameter at a time. Collective.
 
         `value` says what to export of a parameter: itself, or a tensor of its shape such as its gradient.
         """
@@ -124,3 +126,14 @@ class ShardedWeights:
     @property
     def _experts_per_rank(self) -> int:
         return self.geometry.experts // self.grid.expert.size
+
+
+def _mark(parameter: torch.nn.Parameter, weight: Weight) -> None:
+    """Tell megatron-core over which ranks a gradient is summed and its norm counted.
+
+    It sets these marks itself, but the first only on parameters that it initializes (others count as copies of
+    tensor rank 0's in the norm), and the second only with expert parallelism: without, experts would not be
+    summed over the tensor ranks, each of which routes other tokens to them.
+    """
+    vars(parameter)["tensor_model_parallel"] = weight.split is not None or weight.expert is not None
+    vars(parameter)["allreduce"] = weight.expert is None
