@@ -21,9 +21,9 @@ from pathlib import Path
 
 from miles.cluster.processes import POLL_SECONDS, end_leftovers
 from miles.cluster.signals import REPEAT_SECONDS, StopSignal
-from miles.cluster.supervisor import log_to_stderr, supervise
+from miles.cluster.supervisor import CONTINUE, log_to_stderr, supervise
 from miles.config.load import load_resolved, load_run
-from miles.config.schema import RlStep, SftStep
+from miles.config.schema import RlStep, RunConfig, SftStep
 from miles.errors import Interrupted, MilesError, RunError
 from miles.runs.claim import Claim, Holder, current_holder, refuse_if_held
 from miles.runs.directory import create_run, run_directory, set_aside
@@ -31,6 +31,7 @@ from miles.runs.failures import FAILURE_VARIABLE, exit_with_failures, read_failu
 from miles.runs.files import disk_errors
 from miles.runs.paths import RunPaths
 from miles.runs.trackers import check_trackers
+from miles.workflow.kinds import processes_of
 from miles.workflow.plan import PlannedStep, plan_run
 
 log = logging.getLogger(__name__)
@@ -41,10 +42,11 @@ def run_workflow(paths: RunPaths, stop: StopSignal) -> None:
     with Claim.acquire(paths):
         for name in end_leftovers(paths):
             log.warning("ended %s, which an earlier attempt left behind", name)
-        for planned in _pending(paths):
+        config = load_resolved(paths.root)
+        for planned in _pending(config, paths):
             if stop.requested:
-                raise Interrupted(f"stopped before step '{planned.name}'", fix="the same command continues")
-            supervise(paths, planned, stop)
+                raise Interrupted(f"stopped before step '{planned.name}'", fix=CONTINUE)
+            supervise(paths, planned, processes_of(config.steps[planned.name]), stop)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,9 +146,8 @@ def stop_run(paths: RunPaths, *, now: bool, timeout: float) -> Holder:
     return holder
 
 
-def _pending(paths: RunPaths) -> Iterator[PlannedStep]:
+def _pending(config: RunConfig, paths: RunPaths) -> Iterator[PlannedStep]:
     """Steps to do, in order; each is planned when its turn comes, because earlier ones change its inputs."""
-    config = load_resolved(paths.root)
     for name in [planned.name for planned in plan_run(config, paths)]:
         planned = next(step for step in plan_run(config, paths) if step.name == name)
         if planned.done is None:

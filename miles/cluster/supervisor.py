@@ -37,15 +37,16 @@ RANK_GRACE_SECONDS = 120.0
 END_GRACE_SECONDS = 10.0
 """How long any process may take to end when there is nothing left to wait for."""
 
+CONTINUE = "`miles submit` with the same file continues the run"
+
 log = logging.getLogger(__name__)
 
 
-def supervise(paths: RunPaths, planned: PlannedStep, stop: StopSignal) -> None:
+def supervise(paths: RunPaths, planned: PlannedStep, processes: Processes, stop: StopSignal) -> None:
     """Run one step of a claimed run to its end, and record the attempt.
 
     Raises the MilesError that ended it: EngineError, TrainerError, Interrupted, or what a process reported.
     """
-    processes = processes_of(load_resolved(paths.root).steps[planned.name])
     note = start_from_the_beginning(paths, planned.name)
     attempt = begin_attempt(paths, planned.name, note=note)
     log.info("step %s: attempt %d%s", planned.name, attempt, f" ({note})" if note else "")
@@ -181,7 +182,7 @@ class Supervision:
     def _check(self) -> None:
         """Raise when the step is asked to stop or one of its processes has ended badly."""
         if self._stop.requested:
-            raise Interrupted(f"step '{self._name}' was stopped", fix="the same command continues the run")
+            raise Interrupted(f"step '{self._name}' was stopped", fix=CONTINUE)
         dead = first_dead(self._engines)
         if dead is not None:
             raise dead.failure() or EngineError(_death(dead), fix=self._fix(dead))
@@ -224,7 +225,8 @@ def main() -> None:
     stop.listen()
     paths = RunPaths(arguments.run_dir.absolute())
     with Claim.acquire(paths):
-        plan = {planned.name: planned for planned in plan_run(load_resolved(paths.root), paths)}
+        config = load_resolved(paths.root)
+        plan = {planned.name: planned for planned in plan_run(config, paths)}
         if arguments.step not in plan:
             raise ConfigError(
                 f"the run has no step '{arguments.step}'." + did_you_mean(arguments.step, plan),
@@ -233,7 +235,7 @@ def main() -> None:
         if plan[arguments.step].done:
             log.info("step %s is already done", arguments.step)
         else:
-            supervise(paths, plan[arguments.step], stop)
+            supervise(paths, plan[arguments.step], processes_of(config.steps[arguments.step]), stop)
 
 
 def log_to_stderr() -> None:

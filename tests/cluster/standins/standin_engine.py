@@ -1,0 +1,33 @@
+"""Stands in for an inference server where the real one cannot be made to fail: STANDIN_ENGINE says how."""
+
+import argparse
+import os
+import sys
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--run-dir", type=Path)
+parser.add_argument("--step")
+parser.add_argument("--index", type=int)
+parser.add_argument("--port", type=int)
+arguments = parser.parse_args()
+behaviour = os.environ["STANDIN_ENGINE"]
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        token = (arguments.run_dir / "secrets/engine-token").read_text().strip()
+        welcome = self.headers["Authorization"] == f"Bearer {token}" and self.path == "/health_generate"
+        self.send_response(200 if welcome else 401)
+        self.end_headers()
+
+
+print("engine standing in", flush=True)
+if behaviour == "crash" or (behaviour == "one-crashes" and arguments.index == 1):
+    print("cannot load the weights", flush=True)
+    sys.exit(3)
+if behaviour == "silent":
+    time.sleep(600)
+HTTPServer(("127.0.0.1", arguments.port), Handler).serve_forever()
