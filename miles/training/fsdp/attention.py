@@ -45,6 +45,10 @@ def packed_attention(
                 f"{type(module).__name__} needs {name!r}, which the fsdp backend's attention does not have",
                 fix="choose another model",
             )
+    # Neither path takes fewer key-value heads in every supported version of PyTorch.
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     window = sliding_window if sliding_window is not None and sliding_window < max_length_q else None
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
         output = _flash(query, key, value, cu_seq_lens_q, max_length_q, scaling, window)
@@ -75,7 +79,6 @@ def _flash(
         longest,
         scale=scaling,
         window_size=(left, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
     )
     assert isinstance(output, torch.Tensor)
     return output.unsqueeze(0)
@@ -89,16 +92,11 @@ def _per_sequence(
     scaling: float | None,
     window: int | None,
 ) -> torch.Tensor:
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     lengths = offsets.diff().tolist()
     outputs = []
     for q, k, v in zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True):
         mask = None if window is None else _banded(q.shape[2], window, q.device)
-        outputs.append(
-            scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling)
-        )
+        outputs.append(scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling))
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 

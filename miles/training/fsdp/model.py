@@ -41,9 +41,7 @@ class PolicyModel(nn.Module):
         self._chunk_tokens = chunk_tokens
         self._router_loss = router_loss
 
-    def forward(
-        self, micro_batch: MicroBatch, temperature: float
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(self, micro_batch: MicroBatch, temperature: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Log-probabilities and entropy as in `TokenOutputs`, and the router's balancing loss (or 0).
 
         A tuple of tensors, because FSDP hangs its backward hooks on the tensors that it finds in the output.
@@ -85,14 +83,10 @@ def build_policy_model(model_dir: Path, train: TrainSection, mesh: DeviceMesh) -
     _reject_unsupported(config, train)
     source = _read(model_dir) if mesh.get_rank() == 0 else None
     with torch.device("meta"):
-        causal_lm = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, attn_implementation=PACKED_ATTENTION
-        )
+        causal_lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=PACKED_ATTENTION)
     # Evaluation mode for good: dropout would make the ratio of an unchanged policy differ from 1.
     causal_lm.eval()
-    model = PolicyModel(
-        causal_lm, chunk_tokens=train.log_prob_chunk_tokens, router_loss=train.moe_aux_loss_coef > 0
-    )
+    model = PolicyModel(causal_lm, chunk_tokens=train.log_prob_chunk_tokens, router_loss=train.moe_aux_loss_coef > 0)
     policy = MixedPrecisionPolicy(param_dtype=getattr(torch, train.dtype), reduce_dtype=torch.float32)
     for layer in causal_lm.base_model.layers:
         if train.recompute:
@@ -145,9 +139,7 @@ def _reject_unsupported(config: PretrainedConfig, train: TrainSection) -> None:
 
 def _read(model_dir: Path) -> PreTrainedModel:
     """The model on the CPU in float32; DataError where the directory lacks weights."""
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        model_dir, dtype=torch.float32, output_loading_info=True
-    )
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, output_loading_info=True)
     model, report = loaded
     missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if missing:
