@@ -86,10 +86,7 @@ def reference_markdown() -> str:
         "How files, defaults, steps and overrides fit together is in [Configuration](../configuration.md).",
         "## Top level",
         _table([entry for entry in all_keys() if entry.name in RUN_KEYS]),
-        "`extends` (string or list of strings): "
-        + EXTENDS
-        + ", ".join(f"`{name}`" for name in preset_names())
-        + ".",
+        "`extends` (string or list of strings): " + EXTENDS + ", ".join(f"`{name}`" for name in preset_names()) + ".",
     ]
     for section in SECTIONS:
         explanation = _section(section)
@@ -98,9 +95,7 @@ def reference_markdown() -> str:
         entries = [entry for entry in all_keys() if entry.home == section]
         parts += [f"## `{title}`", f"{explanation.text} Steps that have it: {kinds}.", _table(entries)]
     parts += ["## Steps", "Every `[steps.NAME]` has a `kind`, and beside the sections above these keys:"]
-    parts.append(
-        _table([entry for entry in all_keys() if entry.home == "steps.NAME" and len(entry.kinds) > 1])
-    )
+    parts.append(_table([entry for entry in all_keys() if entry.home == "steps.NAME" and len(entry.kinds) > 1]))
     for kind in STEP_KINDS:
         entries = [entry for entry in all_keys() if entry.home == "steps.NAME" and entry.kinds == (kind,)]
         sections = ", ".join(f"`{name}`" for name in sections_of(kind)) or "none"
@@ -117,9 +112,7 @@ def _key(key: Key) -> Explanation:
     else:
         default = shown(key.default)
     text = key.text
-    return Explanation(
-        key.name, type_name(key.field.annotation), default, bounds(key.field), text, _written_in(key)
-    )
+    return Explanation(key.name, type_name(key.field.annotation), default, bounds(key.field), text, _written_in(key))
 
 
 def _written_in(key: Key) -> tuple[str, ...]:
@@ -149,9 +142,7 @@ def _section(name: str) -> Explanation:
 def _kind(name: str) -> Explanation:
     own = [entry.name for entry in all_keys() if entry.home == "steps.NAME" and name in entry.kinds]
     written = (f'[steps.NAME] with kind = "{name}"',)
-    return Explanation(
-        name, "kind of step", "", "", _doc(STEP_KINDS[name]), written, (*own, *sections_of(name))
-    )
+    return Explanation(name, "kind of step", "", "", _doc(STEP_KINDS[name]), written, (*own, *sections_of(name)))
 
 
 def _top_level(name: str) -> Explanation:

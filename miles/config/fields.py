@@ -99,10 +99,7 @@ class Key:
         """Plain default value; None also where it is required."""
         value = None if self.required else self.field.get_default(call_default_factory=True)
         if isinstance(value, list):
-            return [
-                item.model_dump(exclude_defaults=True) if isinstance(item, Section) else item
-                for item in value
-            ]
+            return [item.model_dump(exclude_defaults=True) if isinstance(item, Section) else item for item in value]
         return value.value if isinstance(value, Enum) else value
 
 

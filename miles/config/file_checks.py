@@ -27,8 +27,8 @@ def file_findings(step: StepBase) -> Iterator[Finding]:
             yield from _data_file(step.eval.data.path, "eval", "data")
         for index, reward in enumerate(step.rewards):
             file = reward.grader.partition(":")[0]
-            if file.endswith(".py") and not Path(file).is_file():
-                message = f'rewards[{index}].grader = "{reward.grader}": no such file'
+            if file.endswith(".py") and (reason := _not_a_file(Path(file))):
+                message = f'rewards[{index}].grader = "{reward.grader}": {reason}'
                 fix = "correct the path; it is relative to the run file"
                 yield Finding((("rewards", index, "grader"),), message, fix)
 
@@ -38,12 +38,12 @@ def _model_directory(model: ModelSection) -> Iterator[Finding]:
         yield from _checkpoint(Path(model.path))
     if model.tokenizer is not None:
         yield from _tokenizer("tokenizer", model.tokenizer)
-    elif (Path(model.path) / "config.json").is_file():
+    elif _is_file(Path(model.path) / "config.json"):
         yield from _tokenizer("path", model.path)
 
 
 def _tokenizer(key: str, path: str) -> Iterator[Finding]:
-    if path.startswith("step:") or any((Path(path) / file).is_file() for file in TOKENIZER_FILES):
+    if path.startswith("step:") or any(_is_file(Path(path) / file) for file in TOKENIZER_FILES):
         return
     what = "has no tokenizer" if Path(path).is_dir() else "no such directory"
     yield Finding(
@@ -59,17 +59,17 @@ def _checkpoint(directory: Path) -> Iterator[Finding]:
     def finding(what: str, fix: str) -> Finding:
         return Finding((("model", "path"),), f"{given}: {what}", fix)
 
-    if not directory.is_dir():
-        what = "is a file, not a directory" if directory.is_file() else "no such directory"
-        yield finding(
-            f"{what}.{did_you_mean(directory.name, _siblings(directory))}",
-            "name a Hugging Face model directory; `hf download ORG/NAME --local-dir DIR` makes one",
-        )
-        return
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        yield finding("has no config.json", "name the directory of a Hugging Face model")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if directory.is_dir():
+            yield finding("has no config.json", "name the directory of a Hugging Face model")
+        else:
+            is_file = isinstance(error, NotADirectoryError)
+            yield finding(
+                "is a file, not a directory" if is_file else "no such directory." + _hint(directory),
+                "name a Hugging Face model directory; `hf download ORG/NAME --local-dir DIR` makes one",
+            )
         return
     except OSError as error:
         yield finding(f"config.json cannot be read: {error.strerror}", "check its permissions")
@@ -83,14 +83,33 @@ def _checkpoint(directory: Path) -> Iterator[Finding]:
         yield finding("has no weights (*.safetensors)", "finish the download, or save it as safetensors")
 
 
-def _siblings(path: Path) -> list[str]:
-    return [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+def _is_file(path: Path) -> bool:
+    """Whether `path` is a file that can be seen; in a directory without permission none can."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def _hint(path: Path) -> str:
+    """The nearest name beside a path that does not exist."""
+    try:
+        return did_you_mean(path.name, [entry.name for entry in path.parent.iterdir()])
+    except OSError:
+        return ""  # its directory is missing or unreadable as well: nothing to suggest
+
+
+def _not_a_file(path: Path) -> str | None:
+    """Why `path` cannot be a file to read, or None when it is one."""
+    try:
+        if path.is_file():
+            return None
+        return "is a directory, not a file" if path.is_dir() else "no such file." + _hint(path)
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
 
 
 def _data_file(path: str, *section: str) -> Iterator[Finding]:
-    if path.startswith("step:") or Path(path).is_file():
-        return
-    what = "is a directory, not a file" if Path(path).is_dir() else "no such file"
-    hint = did_you_mean(Path(path).name, _siblings(Path(path)))
-    message = f'{".".join(section)}.path = "{path}": {what}.{hint}'
-    yield Finding(((*section, "path"),), message, "correct the path; it is relative to the run file")
+    if not path.startswith("step:") and (reason := _not_a_file(Path(path))):
+        message = f'{".".join(section)}.path = "{path}": {reason}'
+        yield Finding(((*section, "path"),), message, "correct the path; it is relative to the run file")

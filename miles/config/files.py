@@ -6,6 +6,7 @@ Owns turning a path into one merged tree. Steps and defaults are merged in `mile
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from miles.config.source import Node, Place, merge, parse
@@ -13,10 +14,15 @@ from miles.errors import ConfigError, did_you_mean
 
 PRESETS = Path(__file__).parent / "presets"
 
-SHORT_FORMS = ("model", "data")
+SHORT_FORMS: tuple[tuple[str, ...], ...] = (("model",), ("data",), ("eval", "data"))
 """Sections for which a plain string means its `path`."""
 
-PATH_KEYS = (("model", "path"), ("model", "tokenizer"), ("data", "path"), ("eval", "data", "path"))
+PATH_KEYS: tuple[tuple[str, ...], ...] = (
+    ("model", "path"),
+    ("model", "tokenizer"),
+    ("data", "path"),
+    ("eval", "data", "path"),
+)
 """Keys that hold a path or a `step:NAME/...` reference, in the top level and in steps."""
 
 
@@ -36,31 +42,41 @@ def read_tree(file: Path) -> Node:
 
 def expand(root: Node, directory: Path) -> Node:
     """Write out the short forms and make relative paths absolute, at the top level and in every step."""
-    table = {key: child for key, child in _scope(root, directory).table().items() if key != "steps"}
-    if steps := root.table().get("steps"):
-        inner = {name: _scope(step, directory) for name, step in steps.table().items()}
-        table["steps"] = Node(inner, steps.place, steps.key) if steps.table() else steps
-    return Node(table, root.place, root.key)
+
+    def absolute(node: Node) -> Node:
+        return replace(node, value=_absolute(node.value, directory)) if _is_text(node) else node
+
+    def absolute_grader(node: Node) -> Node:
+        file, colon, function = node.value.partition(":") if _is_text(node) else ("", "", "")
+        if not (colon and file.endswith(".py")):
+            return node
+        return replace(node, value=f"{_absolute(file, directory)}:{function}")
+
+    for scope in ((), ("steps", "*")):
+        for path in SHORT_FORMS:
+            root = root.edit((*scope, *path), _written_out)
+        for path in PATH_KEYS:
+            root = root.edit((*scope, *path), absolute)
+        root = root.edit((*scope, "rewards", "*", "grader"), absolute_grader)
+    return root
 
 
 def _read(file: Path, shown: str, chain: tuple[Path, ...]) -> Node:
     identity = file.resolve()
     if identity in chain:
         circle = " -> ".join(entry.name for entry in (*chain[chain.index(identity) :], identity))
-        raise ConfigError(
-            f"{shown}: files extend each other in a circle: {circle}", fix="remove one `extends`"
-        )
+        raise ConfigError(f"{shown}: files extend each other in a circle: {circle}", fix="remove one `extends`")
     root = parse(_text(file, shown), shown)
     merged = Node({}, Place(shown), "")
     for parent, parent_shown in _parents(root, file):
         merged = merge(merged, _read(parent, parent_shown, (*chain, identity)))
     own = Node({key: child for key, child in root.table().items() if key != "extends"}, root.place, "")
-    return merge(merged, expand(own, identity.parent))
+    return merge(merged, expand(own, file.absolute().parent))
 
 
 def _text(file: Path, shown: str) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         siblings = [entry.name for entry in file.parent.glob("*.toml")] if file.parent.is_dir() else []
         hint = did_you_mean(file.name, siblings)
@@ -99,7 +115,7 @@ def _parent(name: str, place: Place, file: Path) -> tuple[Path, str]:
                 fix="the presets are " + ", ".join(preset_names()),
             )
         return PRESETS / f"{preset}.toml", name
-    parent = Path(_absolute(name, file.resolve().parent))
+    parent = Path(_absolute(name, file.absolute().parent))
     if not parent.is_file():
         raise ConfigError(
             f'{place}: extends = "{name}": no such file: {parent}',
@@ -108,47 +124,15 @@ def _parent(name: str, place: Place, file: Path) -> tuple[Path, str]:
     return parent, os.path.relpath(parent) if parent.is_relative_to(Path.cwd()) else os.fspath(parent)
 
 
-def _scope(scope: Node, directory: Path) -> Node:
-    if not isinstance(scope.value, dict):
-        return scope
-    table = {key: _written_out(key, child) for key, child in scope.value.items()}
-    if "eval" in table and "data" in table["eval"].table():
-        inner = {key: _written_out(key, child) for key, child in table["eval"].value.items()}
-        table["eval"] = Node(inner, table["eval"].place, table["eval"].key)
-    result = Node(table, scope.place, scope.key)
-    for path in PATH_KEYS:
-        result = _absolute_at(result, path, directory)
-    if isinstance(table.get("rewards"), Node) and isinstance(table["rewards"].value, list):
-        graders = [_absolute_at(reward, ("grader",), directory) for reward in table["rewards"].value]
-        rewards = Node(graders, table["rewards"].place, table["rewards"].key)
-        result = Node({**result.value, "rewards": rewards}, scope.place, scope.key)
-    return result
+def _is_text(node: Node) -> bool:
+    return isinstance(node.value, str) and node.value != ""
 
 
-def _written_out(key: str, node: Node) -> Node:
-    if key in SHORT_FORMS and isinstance(node.value, str):
-        return Node({"path": node}, node.place, node.key)
-    return node
+def _written_out(node: Node) -> Node:
+    return replace(node, value={"path": node}) if isinstance(node.value, str) else node
 
 
-def _absolute_at(node: Node, path: tuple[str, ...], directory: Path) -> Node:
-    head, *rest = path
-    child = node.table().get(head)
-    if child is None:
-        return node
-    if rest:
-        changed = _absolute_at(child, tuple(rest), directory)
-    elif isinstance(child.value, str) and child.value:
-        changed = Node(_absolute(child.value, directory, grader=head == "grader"), child.place, child.key)
-    else:
-        return node
-    return Node({**node.value, head: changed}, node.place, node.key)
-
-
-def _absolute(value: str, directory: Path, *, grader: bool = False) -> str:
-    file, colon, function = value.partition(":")
-    if file == "step" and colon:
+def _absolute(value: str, directory: Path) -> str:
+    if value.startswith("step:"):
         return value
-    if grader:
-        return f"{_absolute(file, directory)}:{function}" if file.endswith(".py") and colon else value
     return os.path.normpath(directory / Path(value).expanduser())

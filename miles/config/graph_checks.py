@@ -42,8 +42,7 @@ def _names(root: Node) -> Iterator[Problem]:
         if not STEP_NAME.fullmatch(name):
             yield Problem(
                 step.place,
-                f"step {shown(name)}: a step name has letters, digits, '_' and '-' only, "
-                "and does not begin with '-'",
+                f"step {shown(name)}: a step name has letters, digits, '_' and '-' only, and does not begin with '-'",
                 f"for example [steps.{_cleaned(name).replace('.', '-')}]",
             )
 
@@ -64,17 +63,14 @@ def _references(name: str, step: Node, steps: dict[str, Node], names: list[str])
             )
         elif other not in names:
             hint = did_you_mean(other, names)
-            yield Problem(
-                node.place, f"{given}: no step '{other}'.{hint}", "the steps are " + ", ".join(names)
-            )
+            yield Problem(node.place, f"{given}: no step '{other}'.{hint}", "the steps are " + ", ".join(names))
         elif other in steps:
             kind = kind_of(steps[other]) or "report"
             outputs = STEP_KINDS[kind].outputs
             if output not in outputs:
                 yield Problem(
                     node.place,
-                    f"{given}: step {other} (kind {kind}) has no output '{output}'."
-                    + did_you_mean(output, outputs),
+                    f"{given}: step {other} (kind {kind}) has no output '{output}'." + did_you_mean(output, outputs),
                     f"its outputs are {', '.join(outputs)}",
                 )
 
@@ -87,9 +83,7 @@ def _needs(name: str, step: Node, names: list[str]) -> Iterator[Problem]:
         if not isinstance(entry.value, str) or entry.value in referenced:
             continue
         if entry.value == name:
-            yield Problem(
-                entry.place, f"steps.{name}.needs: step {name} needs itself", f'remove "{name}" from it'
-            )
+            yield Problem(entry.place, f"steps.{name}.needs: step {name} needs itself", f'remove "{name}" from it')
         elif entry.value not in names:
             hint = did_you_mean(entry.value, names)
             message = f"steps.{name}.needs: no step '{entry.value}'.{hint}"

@@ -96,9 +96,7 @@ def _combination_problems(checked: Checked, steps: dict[str, Node]) -> Iterator[
                 yield Problem(node.place, finding.message, finding.fix)
 
 
-def _shadowed_overrides(
-    steps: dict[str, Node], overrides: Sequence[str], places: Sequence[Place]
-) -> Iterator[Problem]:
+def _shadowed_overrides(steps: dict[str, Node], overrides: Sequence[str], places: Sequence[Place]) -> Iterator[Problem]:
     """Overrides of a default that no step takes, because each sets the key itself or has no such section."""
     paths = [parse_override(argument)[0] for argument in overrides]
     for number, (path, place) in enumerate(zip(paths, places, strict=True)):

@@ -23,9 +23,7 @@ def parse_override(argument: str) -> tuple[tuple[str, ...], Any]:
     """
     key, equals, text = argument.partition("=")
     if not equals:
-        raise ConfigError(
-            f"--set {argument}: no '=' in it", fix="write --set KEY=VALUE, for example train.lr=2e-6"
-        )
+        raise ConfigError(f"--set {argument}: no '=' in it", fix="write --set KEY=VALUE, for example train.lr=2e-6")
     try:
         table = tomllib.loads(f"{key.strip()} = 0")
     except tomllib.TOMLDecodeError:
@@ -56,6 +54,8 @@ def apply_override(root: Node, argument: str) -> tuple[Node, Place]:
     """
     path, value = parse_override(argument)
     place = Place(f"--set {argument}")
+    if path[0] == "extends":
+        raise ConfigError(f"{place}: a file extends others, not --set", fix="write extends = ... into the file")
     steps = list(root.nearest(("steps",)).table())
     if path[0] == "steps" and len(path) > 1 and path[1] not in steps:
         raise ConfigError(

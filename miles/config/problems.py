@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from miles.config.positions import KeyPath
-from miles.config.source import Place
+from miles.config.source import Place, quoted
 from miles.errors import ConfigError
 
 
@@ -42,9 +42,7 @@ class InvalidConfigError(ConfigError):
 
     def __init__(self, file: str, problems: Iterable[Problem]) -> None:
         unique = dict.fromkeys(problems)
-        self.problems = tuple(
-            sorted(unique, key=lambda p: (p.place.source != file, p.place.source, p.place.line))
-        )
+        self.problems = tuple(sorted(unique, key=lambda p: (p.place.source != file, p.place.source, p.place.line)))
         count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
         super().__init__(f"{count} in {file}\n" + "\n".join(map(str, self.problems)))
 
@@ -58,7 +56,7 @@ def shown(value: Any) -> str:
             text = value if len(value) <= 60 else value[:57] + "..."
             return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
         case dict():
-            return "{" + ", ".join(f"{key} = {shown(item)}" for key, item in value.items()) + "}"
+            return "{" + ", ".join(f"{quoted(str(key))} = {shown(item)}" for key, item in value.items()) + "}"
         case list():
             return "[" + ", ".join(map(shown, value)) + "]"
     return str(value)

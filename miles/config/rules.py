@@ -146,8 +146,7 @@ def _lengths(
     if engine.context_length is not None and longest > engine.context_length:
         yield _finding(
             f"engine.context_length {keys}",
-            f"engine.context_length = {engine.context_length} is less than one sequence may have: "
-            f"{parts} = {longest}",
+            f"engine.context_length = {engine.context_length} is less than one sequence may have: {parts} = {longest}",
             f"set engine.context_length to at least {longest}, or shorten the responses",
         )
 
@@ -190,9 +189,7 @@ def _evaluation(section: EvalSection, *, required: bool) -> Iterator[Finding]:
     if section.data is not None:
         yield from _data(section.data, "eval.data")
     elif required:
-        yield _finding(
-            "eval", "eval.data is missing: an eval step needs it", 'write eval.data = "FILE.jsonl"'
-        )
+        yield _finding("eval", "eval.data is missing: an eval step needs it", 'write eval.data = "FILE.jsonl"')
     elif section.every:
         yield _finding(
             "eval.every",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +81,18 @@ class Node:
             del table[head]
         return Node(table, self.place, self.key)
 
+    def edit(self, path: tuple[str, ...], change: Callable[[Node], Node]) -> Node:
+        """The tree with `change` applied to what is at `path`, if anything; `*` stands for every child."""
+        if not path:
+            return change(self)
+        head, rest = path[0], path[1:]
+        value: Any = self.value
+        if isinstance(value, dict):
+            value = {k: child.edit(rest, change) if head in (k, "*") else child for k, child in value.items()}
+        elif isinstance(value, list) and head == "*":
+            value = [child.edit(rest, change) for child in value]
+        return Node(value, self.place, self.key)
+
     def nearest(self, path: KeyPath) -> Node:
         """The node at the longest prefix of `path` that exists."""
         for length in range(len(path), 0, -1):
@@ -114,11 +126,7 @@ def dotted(path: KeyPath) -> str:
 
 def quoted(key: str) -> str:
     """A key as TOML wants it: bare where that is allowed, else in double quotes."""
-    return (
-        key
-        if re.fullmatch(r"[A-Za-z0-9_-]+", key)
-        else '"' + key.replace("\\", "\\\\").replace('"', '\\"') + '"'
-    )
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else '"' + key.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def parse(text: str, source: str) -> Node:

@@ -38,17 +38,14 @@ def with_default_steps(root: Node) -> Node:
 def kind_of(step: Node) -> str | None:
     """Its kind, where that is a known one."""
     kind = step.find(("kind",))
-    return (
-        kind.value if kind is not None and isinstance(kind.value, str) and kind.value in STEP_KINDS else None
-    )
+    known = kind is not None and isinstance(kind.value, str) and kind.value in STEP_KINDS
+    return kind.value if kind is not None and known else None
 
 
 def complete_steps(root: Node) -> dict[str, Node]:
     """Every step of a known kind with the top-level sections beneath its own, and its full `needs`."""
     written = {name: step for name, step in root.nearest(("steps",)).table().items() if kind_of(step)}
-    return {
-        name: _with_needs(name, _with_defaults(step, root), list(written)) for name, step in written.items()
-    }
+    return {name: _with_needs(name, _with_defaults(step, root), list(written)) for name, step in written.items()}
 
 
 def references(step: Node) -> Iterator[Node]:

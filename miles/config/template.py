@@ -25,9 +25,7 @@ LIVE = {
 WIDTH = 100
 
 
-def commented_config(
-    name: str = "my-run", model: str = "path/to/model", data: str = "path/to/prompts.jsonl"
-) -> str:
+def commented_config(name: str = "my-run", model: str = "path/to/model", data: str = "path/to/prompts.jsonl") -> str:
     """A run file that shows every key of every section; it loads where `model` and `data` exist."""
     parts = [
         "# A run of Miles: `miles submit FILE --local` starts it, `miles config check FILE` checks it.\n"

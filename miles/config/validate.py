@@ -57,9 +57,7 @@ def structure_problems(root: Node) -> Iterator[Problem]:
             yield _unknown(node, key, valid=TOP_LEVEL, here="the top level", prefix="")
     steps = root.table().get("steps")
     if steps is not None and not isinstance(steps.value, dict):
-        yield Problem(
-            steps.place, f"steps = {shown(steps.plain())}: a table is wanted", "write [steps.NAME] tables"
-        )
+        yield Problem(steps.place, f"steps = {shown(steps.plain())}: a table is wanted", "write [steps.NAME] tables")
         return
     for name, step in root.nearest(("steps",)).table().items():
         if kind_of(step) is None:

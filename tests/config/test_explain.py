@@ -54,9 +54,7 @@ def test_a_name_of_several_keys_lists_them() -> None:
 
 
 def test_an_unknown_key_names_the_nearest() -> None:
-    with pytest.raises(
-        ConfigError, match=r"'train\.lrr' is not a key of the run file\. Did you mean 'train\.lr'"
-    ):
+    with pytest.raises(ConfigError, match=r"'train\.lrr' is not a key of the run file\. Did you mean 'train\.lr'"):
         explain("train.lrr")
 
 

@@ -126,6 +126,12 @@ def test_paths_are_relative_to_the_file_that_they_stand_in(write: Callable[..., 
     assert rl(config).rewards[0].grader == f"{folder}/shared/score.py:f"
 
 
+def test_a_linked_file_and_one_with_a_byte_order_mark_load(write: Callable[..., Path], folder: Path) -> None:
+    target = write("\ufeff" + HEAD, "elsewhere/run.toml")
+    Path("linked.toml").symlink_to(target)
+    assert rl(load_run("linked.toml")).model.path == str(folder / "hf")
+
+
 def test_module_graders_and_references_stay_as_they_are(write: Callable[..., Path], folder: Path) -> None:
     text = HEAD + '[[rewards]]\ngrader = "package.module:function"\n[[rewards]]\ngrader = "math"'
     assert [reward.grader for reward in rl(load_run(write(text))).rewards] == [
@@ -175,9 +181,7 @@ def test_an_override_of_a_default_step_works_without_steps_in_the_file(write: Ca
     assert rl(load_run(write(HEAD), ["steps.train.train.lr=0.5"])).train.lr == 0.5
 
 
-def test_paths_in_overrides_are_relative_to_the_working_directory(
-    write: Callable[..., Path], folder: Path
-) -> None:
+def test_paths_in_overrides_are_relative_to_the_working_directory(write: Callable[..., Path], folder: Path) -> None:
     write(HEAD.replace('"hf"', '"../hf"').replace('"prompts', '"../prompts'), "deep/run.toml")
     assert rl(load_run("deep/run.toml", ["model=hf-moe"])).model.path == str(folder / "hf-moe")
 
@@ -209,6 +213,11 @@ OVERRIDES = {
         "fix: the steps are prepare, warmup",
     ),
     "no equals sign": (["train.lr"], "--set train.lr: no '=' in it", "fix: write --set KEY=VALUE"),
+    "extends": (
+        ["extends=base.toml"],
+        "--set extends=base.toml: a file extends others, not --set",
+        "fix: write extends = ... into the file",
+    ),
     "no key": (["=3"], "--set =3: '' is not a key", "fix: write --set KEY=VALUE"),
     "element of a list": (
         ["steps.warmup.needs.x=1"],

@@ -58,14 +58,12 @@ CASES = {
     ),
     "key of another section in a step's section": (
         STEPS + "train.group_size = 4",
-        "run.toml:8: steps.train.train.group_size: unknown key 'group_size' in [train]. "
-        "It belongs in [rollout].",
+        "run.toml:8: steps.train.train.group_size: unknown key 'group_size' in [train]. It belongs in [rollout].",
         "fix: write steps.train.rollout.group_size",
     ),
     "section that the kind does not have": (
         STEPS + "[steps.report]\nkind = 'report'\nrollout.group_size = 4",
-        "run.toml:10: steps.report.rollout: a step of kind report has no section rollout "
-        "(its sections: none)",
+        "run.toml:10: steps.report.rollout: a step of kind report has no section rollout (its sections: none)",
         "fix: remove it, or move it to a step of kind rl or eval",
     ),
     "unknown key in a reward": (
@@ -393,8 +391,7 @@ CASES = {
         "fix: set train.pipeline_parallel_size to one of 1, 2, 3, 6",
     ),
     "experts that do not divide": (
-        'name = "r"\nmodel = "hf-moe"\ndata = "prompts.jsonl"\n'
-        "[train]\nexpert_parallel_size = 4\n[local]\nranks = 4",
+        'name = "r"\nmodel = "hf-moe"\ndata = "prompts.jsonl"\n[train]\nexpert_parallel_size = 4\n[local]\nranks = 4',
         "run.toml:5: train.expert_parallel_size = 4 does not divide the model's 6 experts",
         "fix: set train.expert_parallel_size to one of 1, 2, 3, 6",
     ),
@@ -548,6 +545,14 @@ def test_a_directory_is_refused(folder: Path) -> None:
         load_run("hf")
 
 
+def test_a_config_that_cannot_be_read_is_named_with_the_reason(write: Callable[..., Path]) -> None:
+    config = Path("hf/config.json")
+    config.unlink()
+    config.symlink_to("config.json")
+    with pytest.raises(InvalidConfigError, match=r"config\.json cannot be read: Too many levels of symbolic"):
+        load_run(write(HEAD))
+
+
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
@@ -557,9 +562,7 @@ def test_a_directory_is_refused(folder: Path) -> None:
         ("tokenizer.json", None, "has no tokenizer"),
     ],
 )
-def test_a_damaged_model_directory(
-    write: Callable[..., Path], file: str, content: str | None, message: str
-) -> None:
+def test_a_damaged_model_directory(write: Callable[..., Path], file: str, content: str | None, message: str) -> None:
     damaged = Path("hf") / file
     damaged.unlink() if content is None else damaged.write_text(content)
     with pytest.raises(InvalidConfigError) as caught:
