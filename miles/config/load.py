@@ -24,7 +24,7 @@ from miles.config.rules import step_findings
 from miles.config.schema import RunConfig
 from miles.config.source import Node, Place, dotted, parse
 from miles.config.steps import complete_steps, kind_of, with_default_steps
-from miles.config.validate import Checked, check_values, structure_problems, unused_section_problems
+from miles.config.validate import Checked, check_values, default_problems, structure_problems
 from miles.errors import RunError
 
 
@@ -50,7 +50,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         *structure_problems(root),
         *graph_problems(root, steps),
         *checked.problems,
-        *unused_section_problems(root, steps),
+        *default_problems(root),
         *_combination_problems(checked, steps),
         *_shadowed_overrides(steps, overrides, places),
     ]

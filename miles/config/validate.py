@@ -128,12 +128,11 @@ def _up_to_list(path: KeyPath) -> KeyPath:
     return next((path[:n] for n, part in enumerate(path) if isinstance(part, int)), path)
 
 
-def unused_section_problems(root: Node, steps: dict[str, Node]) -> Iterator[Problem]:
-    """Problems of top-level sections that no step of this run takes."""
-    used = {section for step in steps.values() for section in sections_of(kind_of(step) or "report")}
+def default_problems(root: Node) -> Iterator[Problem]:
+    """Problems of the top-level sections, also of values that no step takes because each sets its own."""
     for section, model in SECTIONS.items():
         node = root.table().get(section)
-        if node is None or section in used:
+        if node is None:
             continue
         rows = node.value if section == "rewards" and isinstance(node.value, list) else [node]
         for row in rows:
