@@ -20,9 +20,7 @@ ROWS = 16
 """Row counts of matrix products are multiples of this."""
 
 
-def padded_experts(
-    module: Any, hidden: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor
-) -> torch.Tensor:
+def padded_experts(module: Any, hidden: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Weighted sum of each token's experts: hidden [T, H], experts int64 [T, k], weights [T, k] -> [T, H]."""
     tokens, top_k = experts.shape
     sorted_experts, order = experts.reshape(-1).sort(stable=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -86,7 +86,7 @@ def _layer_of(name: str) -> int:
     return next(int(part) for part in name.split(".") if part.isdigit())
 
 
-def load_runner(directory: Path, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Runner:
+def load_runner(directory: Path, dtype: torch.dtype | Literal["auto"], *, trust_remote_code: bool = False) -> Runner:
     """Open a model directory; EngineError when it is broken or the engine cannot run such a model."""
     try:
         model = AutoModelForCausalLM.from_pretrained(

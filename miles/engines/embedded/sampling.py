@@ -57,10 +57,7 @@ def draw(logits: torch.Tensor, params: Sequence[SamplingParams], positions: Sequ
     if noisy:
         seeds = [params[row].seed for row in noisy]
         noise = gumbel(seeds, [positions[row] for row in noisy], logits.shape[1])
-        if len(noisy) == len(params):
-            scores = scores + noise
-        else:
-            scores = scores.index_add(0, torch.tensor(noisy), noise)
+        scores = scores.index_add(0, torch.tensor(noisy), noise)
     tokens = scores.argmax(-1)
     chosen = log_probs.gather(1, tokens[:, None])[:, 0]
     return Draw(tokens=tokens.tolist(), log_probs=chosen.tolist())
@@ -73,7 +70,7 @@ def _truncate(scaled: torch.Tensor, params: Sequence[SamplingParams]) -> torch.T
         return scaled
     top_k = torch.tensor([params[row].top_k for row in rows])
     top_p = torch.tensor([params[row].top_p for row in rows])
-    values, order = scaled[rows].sort(-1, descending=True, stable=True)
+    values, order = scaled[rows].sort(dim=-1, descending=True, stable=True)
     probabilities = values.softmax(-1)
     before = probabilities.cumsum(-1) - probabilities
     drop = (before > top_p[:, None]) | (torch.arange(values.shape[1]) >= top_k[:, None])

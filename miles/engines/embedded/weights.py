@@ -74,7 +74,7 @@ class CheckpointWeights:
         """Take memory again. The weights are zeros until they are pushed."""
         for pointer, storage in self._storages.items():
             storage.resize_(self._bytes[pointer])
-            storage.fill_(0)
+            torch.empty(0, dtype=torch.uint8).set_(storage).zero_()
 
     def _find(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         view = self._views.get(name, self._aliases.get(name))

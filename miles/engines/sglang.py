@@ -1,0 +1,71 @@
+"""Starting a real SGLang server in this process.
+
+Owns SGLang's arguments and how its token stays secret. SGLang is imported when it is started.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import runpy
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from miles.engines.spec import EngineSpec
+from miles.errors import EngineError
+
+MODULE = "sglang.launch_server"
+
+
+def sglang_arguments(spec: EngineSpec) -> list[str]:
+    """Command-line arguments of `sglang.launch_server`, without the token. The user's come last and win."""
+    engine = spec.engine
+    arguments = [
+        *("--model-path", str(spec.model)),
+        *("--tokenizer-path", str(spec.tokenizer)),
+        *("--host", spec.host),
+        *("--port", str(spec.port)),
+        *("--dtype", spec.dtype),
+        *("--max-running-requests", str(engine.max_running_requests)),
+        *("--base-gpu-id", str(spec.index)),
+        # The trainer stands on the same GPU: weights and cache must be able to leave it.
+        "--enable-memory-saver",
+        # SGLang reads sampling_seed only in this mode.
+        "--enable-deterministic-inference",
+    ]
+    if engine.context_length is not None:
+        arguments += ["--context-length", str(engine.context_length)]
+    if engine.return_routed_experts:
+        arguments.append("--enable-return-routed-experts")
+    if spec.trust_remote_code:
+        arguments.append("--trust-remote-code")
+    return arguments + engine.extra_args
+
+
+def serve_sglang(arguments: Sequence[str], token: str) -> None:
+    """Become an SGLang server that demands `token`; returns when it ends. EngineError when it is not installed."""
+    if importlib.util.find_spec("sglang") is None:
+        raise EngineError(
+            "engine.kind is sglang, but SGLang is not installed in this environment",
+            fix='install miles-hpc[gpu], or set engine.kind = "embedded"',
+        )
+    _redact(token)
+    # Set inside the process: another user of the node sees the command line that the process was started with.
+    sys.argv = [MODULE, *arguments, "--api-key", token]
+    try:
+        runpy.run_module(MODULE, run_name="__main__")
+    except Exception as error:
+        raise EngineError(f"SGLang ended with {type(error).__name__}: {error}", fix="its log is above") from error
+
+
+def _redact(token: str) -> None:
+    """Keep the token out of the log: SGLang writes its arguments there when it starts."""
+    make_record = logging.getLogRecordFactory()
+
+    def record(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        made = make_record(*args, **kwargs)
+        made.msg, made.args = made.getMessage().replace(token, "[token]"), None
+        return made
+
+    logging.setLogRecordFactory(record)
