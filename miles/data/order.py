@@ -20,9 +20,7 @@ class Draw:
     """How often the whole list was used up before; part of the sampling seed."""
 
 
-def prompts_of_step(
-    n_prompts: int, prompts_per_step: int, step: int, *, seed: int, shuffle: bool
-) -> list[Draw]:
+def prompts_of_step(n_prompts: int, prompts_per_step: int, step: int, *, seed: int, shuffle: bool) -> list[Draw]:
     """The `prompts_per_step` prompts of training step `step` (0, 1, ...), in order.
 
     Steps read one endless sequence: epoch 0, epoch 1, ..., each with every prompt once. A step that crosses

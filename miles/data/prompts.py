@@ -29,9 +29,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def load_prompts(
-    data: DataSection, tokenizer: PreTrainedTokenizerBase, *, max_prompt_tokens: int
-) -> list[Prompt]:
+def load_prompts(data: DataSection, tokenizer: PreTrainedTokenizerBase, *, max_prompt_tokens: int) -> list[Prompt]:
     """All prompts of `data.path`, in file order.
 
     `max_prompt_tokens` is what context and response length leave; `data.max_prompt_tokens` may lower it. A
@@ -166,8 +164,6 @@ def _within_bound(
         f" ({len(long)} of {len(rows)} rows are longer, up to {max(n for _, n in long)} tokens)"
     )
     if data.too_long == "error" or len(long) == len(rows):
-        raise DataError(
-            message, fix='set data.too_long = "drop", lower rollout.max_response_tokens, or shorten them'
-        )
+        raise DataError(message, fix='set data.too_long = "drop", lower rollout.max_response_tokens, or shorten them')
     log.warning("%s; left out", message)
     return [item for item in items if length(item) <= bound]

@@ -29,9 +29,7 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> PreTr
             fix="correct model.path; a model of the Hugging Face hub must be downloaded first",
         )
     try:
-        return AutoTokenizer.from_pretrained(
-            directory, trust_remote_code=trust_remote_code, local_files_only=True
-        )
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
@@ -102,11 +100,7 @@ class Renderer:
     def _messages(self, value: Any, place: str) -> list[Message]:
         if isinstance(value, str):
             user = {"role": "user", "content": _plain_text(value, place)}
-            return (
-                [user]
-                if self.data.system is None
-                else [{"role": "system", "content": self.data.system}, user]
-            )
+            return [user] if self.data.system is None else [{"role": "system", "content": self.data.system}, user]
         return _checked_messages(value, place)
 
     def _apply(self, messages: list[Message], place: str, *, add_generation_prompt: bool) -> str:
@@ -147,10 +141,6 @@ def _checked_messages(value: Any, place: str) -> list[Message]:
     if not value:
         raise DataError(f"{place}: the prompt is empty", fix=fix)
     for number, message in enumerate(value, start=1):
-        if (
-            not isinstance(message, dict)
-            or not isinstance(message.get("role"), str)
-            or "content" not in message
-        ):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
             raise DataError(f"{place}: message {number} of the prompt has no role and content", fix=fix)
     return [{key: field for key, field in message.items() if field is not None} for message in value]

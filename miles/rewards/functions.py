@@ -41,8 +41,7 @@ def load_function(name: str, args: Mapping[str, Any]) -> GraderFunction:
     function = getattr(module, function_name, None)
     if not callable(function):
         raise DataError(
-            f"grader '{name}': {where} has no function '{function_name}'."
-            f"{did_you_mean(function_name, functions)}",
+            f"grader '{name}': {where} has no function '{function_name}'.{did_you_mean(function_name, functions)}",
             fix=f"define `def {function_name}(prompt, response, label, metadata): ...` there",
         )
     _check_arguments(name, function, args)
@@ -56,9 +55,7 @@ def scores_of(result: Any) -> dict[str, float]:
     """
     values = result if isinstance(result, dict) else {"reward": result}
     if "reward" not in values:
-        raise ValueError(
-            f"it returned a dict without 'reward' (keys: {', '.join(map(str, values)) or 'none'})"
-        )
+        raise ValueError(f"it returned a dict without 'reward' (keys: {', '.join(map(str, values)) or 'none'})")
     scores = {}
     for key, value in values.items():
         if not isinstance(value, Real | np.bool_):

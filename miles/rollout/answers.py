@@ -78,17 +78,13 @@ def read_generation(answer: Mapping[str, Any], prompt_tokens: int, experts: Expe
         weight_versions=_weight_versions(meta, len(tokens)),
         finish_reason=FinishReason(finish["type"]),
         abort_message=str(finish.get("message") or ""),
-        routed_experts=None
-        if experts is None
-        else _routed_experts(meta, prompt_tokens + len(tokens), experts),
+        routed_experts=None if experts is None else _routed_experts(meta, prompt_tokens + len(tokens), experts),
     )
 
 
 def _log_probs(entries: list[list[Any]], tokens: list[int]) -> list[float]:
     if [entry[1] for entry in entries] != tokens:
-        raise ValueError(
-            f"log-probabilities of {len(entries)} tokens do not belong to the {len(tokens)} output tokens"
-        )
+        raise ValueError(f"log-probabilities of {len(entries)} tokens do not belong to the {len(tokens)} output tokens")
     log_probs = [float(entry[0]) for entry in entries]
     if not all(map(math.isfinite, log_probs)):
         raise ValueError("a log-probability is not finite")
@@ -123,9 +119,7 @@ def _routed_experts(meta: Mapping[str, Any], tokens: int, shape: ExpertShape) ->
         raise ValueError(f"routed experts are not base64: {error}") from error
     expected = (tokens - 1, shape.layers, shape.top_k)
     if flat.size != math.prod(expected):
-        raise ValueError(
-            f"{flat.size} routed experts, where {expected} (tokens - 1, layers, top_k) were expected"
-        )
+        raise ValueError(f"{flat.size} routed experts, where {expected} (tokens - 1, layers, top_k) were expected")
     if flat.size and not 0 <= int(flat.min()) <= int(flat.max()) < shape.experts:
         raise ValueError(f"routed experts from {flat.min()} to {flat.max()}; the model has {shape.experts}")
     return flat.reshape(expected).astype(shape.dtype)

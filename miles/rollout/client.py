@@ -40,9 +40,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
 
     @classmethod
-    def of(
-        cls, rollout: RolloutSection, end_tokens: Sequence[int], temperature: float | None = None
-    ) -> SamplingParams:
+    def of(cls, rollout: RolloutSection, end_tokens: Sequence[int], temperature: float | None = None) -> SamplingParams:
         """As `[rollout]` says, with the model's end tokens; `temperature` overrides it (evaluation)."""
         return cls(
             temperature=rollout.temperature if temperature is None else temperature,

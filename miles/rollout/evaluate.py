@@ -79,9 +79,7 @@ def summarize(groups: Sequence[Group], section: EvalSection) -> EvalResult:
     size = len(groups[0].samples)
     return EvalResult(
         reward=sum(sample.reward or 0.0 for sample in samples) / len(samples),
-        pass_at={
-            k: sum(pass_at_k(size, passed, k) for passed in passes) / len(groups) for k in section.pass_at
-        },
+        pass_at={k: sum(pass_at_k(size, passed, k) for passed in passes) / len(groups) for k in section.pass_at},
         length_mean=sum(len(sample.response_tokens) for sample in samples) / len(samples),
         truncated_fraction=sum(sample.truncated for sample in samples) / len(samples),
         groups=list(groups),

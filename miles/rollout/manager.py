@@ -80,9 +80,7 @@ class RolloutManager:
     async def _generate(self, group: Group) -> None:
         """Generate all samples of a group in one request."""
         seeds = [sample.seed for sample in group.samples]
-        generations = await self._client.generate(
-            group.prompt.tokens, seeds, self._params, experts=self._experts
-        )
+        generations = await self._client.generate(group.prompt.tokens, seeds, self._params, experts=self._experts)
         for sample, generation in zip(group.samples, generations, strict=True):
             _fill(sample, generation)
 

@@ -33,12 +33,7 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
 
 
 def _mean_part(groups: Sequence[Group], name: str) -> float:
-    scores = [
-        sample.reward_parts[name]
-        for group in groups
-        for sample in group.samples
-        if name in sample.reward_parts
-    ]
+    scores = [sample.reward_parts[name] for group in groups for sample in group.samples if name in sample.reward_parts]
     return sum(scores) / len(scores)
 
 

@@ -45,9 +45,7 @@ def test_prompts_get_template_label_metadata_and_id(tmp_path, tokenizer):
 
 def test_system_message_goes_before_plain_strings_only(tmp_path, tokenizer):
     data = jsonl(tmp_path / "d.jsonl", {"prompt": "a"}, {"prompt": [{"role": "user", "content": "b"}]})
-    plain, chat = load_prompts(
-        data.model_copy(update={"system": "be brief"}), tokenizer, max_prompt_tokens=100
-    )
+    plain, chat = load_prompts(data.model_copy(update={"system": "be brief"}), tokenizer, max_prompt_tokens=100)
     assert plain.text.startswith("<|system|>be brief<|end|>")
     assert chat.text == "<|user|>b<|end|><|assistant|>"
 

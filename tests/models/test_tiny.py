@@ -13,9 +13,7 @@ from miles.models.tiny import build_tiny_task, build_tokenizer, draw_problems
 
 
 def tiny_step(**changes) -> TinyTaskStep:
-    return TinyTaskStep(
-        kind="tiny-task", **{"layers": 1, "train_prompts": 300, "heldout_prompts": 40, **changes}
-    )
+    return TinyTaskStep(kind="tiny-task", **{"layers": 1, "train_prompts": 300, "heldout_prompts": 40, **changes})
 
 
 def rows(path):

@@ -53,7 +53,5 @@ def test_in_a_run_it_scores_a_response_that_never_simplifies_as_wrong():
 
 
 def test_a_label_without_an_expression_stops():
-    with pytest.raises(
-        DataError, match=r"'math' raised ValueError: label '' holds no mathematical expression"
-    ):
+    with pytest.raises(DataError, match=r"'math' raised ValueError: label '' holds no mathematical expression"):
         grade([Sample(Prompt("p", [1], "q", ""), 0, 0, text="3")])

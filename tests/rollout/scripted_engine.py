@@ -11,9 +11,7 @@ import numpy as np
 from aiohttp import web
 
 
-def answer(
-    tokens: list[int], *, text: str | None = None, finish: str = "stop", **meta: Any
-) -> dict[str, Any]:
+def answer(tokens: list[int], *, text: str | None = None, finish: str = "stop", **meta: Any) -> dict[str, Any]:
     """One SGLang answer; log-probabilities are -0.5 per token."""
     return {
         "text": "".join(map(chr, tokens)) if text is None else text,

@@ -19,9 +19,7 @@ PARAMS = SamplingParams(temperature=1.0, max_new_tokens=8)
 
 
 def prompts(count: int) -> list[Prompt]:
-    return [
-        Prompt(f"p{i}", [i], f"question {i}", label=str(sample_seed(3, f"p{i}", 1))) for i in range(count)
-    ]
+    return [Prompt(f"p{i}", [i], f"question {i}", label=str(sample_seed(3, f"p{i}", 1))) for i in range(count)]
 
 
 @asynccontextmanager
@@ -42,9 +40,7 @@ async def test_groups_come_in_the_order_of_the_prompts_whatever_finished_first(s
     engine = ScriptedEngine(wait=first_prompts_last)
     progress = []
     async with manager_of(await start_engines(engine)) as manager:
-        groups = await manager.collect(
-            prompts(5), [0] * 5, lambda done, total: progress.append((done, total))
-        )
+        groups = await manager.collect(prompts(5), [0] * 5, lambda done, total: progress.append((done, total)))
     assert [group.prompt.id for group in groups] == ["p0", "p1", "p2", "p3", "p4"]
     assert progress == [(done, 5) for done in range(1, 6)]
 
@@ -113,9 +109,7 @@ async def test_grading_does_not_hold_up_generation(start_engines, tmp_path):
 
 async def test_the_first_error_ends_everything_in_flight(start_engines, tmp_path):
     file = tmp_path / "picky.py"
-    file.write_text(
-        "async def score(prompt, response, label, metadata):\n    raise ValueError('no ' + prompt)\n"
-    )
+    file.write_text("async def score(prompt, response, label, metadata):\n    raise ValueError('no ' + prompt)\n")
 
     async def all_but_the_first_forever(body):
         if body["input_ids"][0] != [0]:
