@@ -36,9 +36,7 @@ def policy_loss(algorithm: AlgorithmSection) -> LossFunction:
         engine_log_probs = extras["rollout_log_probs"]
         old_log_probs = extras["old_log_probs"] if algorithm.old_log_probs == "trainer" else engine_log_probs
         ratio = clamped_log_ratio(outputs.log_probs, old_log_probs).exp()
-        per_token, clipped = clipped_surrogate(
-            ratio, extras["advantages"], algorithm.clip_low, algorithm.clip_high
-        )
+        per_token, clipped = clipped_surrogate(ratio, extras["advantages"], algorithm.clip_low, algorithm.clip_high)
         metrics = {"ratio/mean": ratio, "ratio/clip_fraction": clipped, "entropy": outputs.entropy}
         if algorithm.importance_correction == "tis":
             weight, capped = truncated_importance_weight(old_log_probs, engine_log_probs, algorithm.tis_cap)
@@ -98,9 +96,7 @@ def perplexity(mean_negative_log_likelihood: float) -> float:
     return math.exp(min(mean_negative_log_likelihood, 700.0))
 
 
-def _weighted_sum(
-    per_token: torch.Tensor, micro_batch: MicroBatch, metrics: dict[str, torch.Tensor]
-) -> LossOutput:
+def _weighted_sum(per_token: torch.Tensor, micro_batch: MicroBatch, metrics: dict[str, torch.Tensor]) -> LossOutput:
     mask = micro_batch.loss_mask
     sums = {name: (value.detach() * mask).sum() for name, value in metrics.items()}
     return LossOutput(loss=(per_token * micro_batch.weights).sum(), metrics=sums | {TOKENS: mask.sum()})

@@ -161,9 +161,7 @@ def test_invariant_to_the_micro_batch_split(loss) -> None:
 
 
 def test_sft_loss_by_hand() -> None:
-    row = Sequence(
-        tokens=torch.arange(3), loss_mask=torch.tensor([0.0, 1, 1]), weights=torch.tensor([0.0, 0.5, 0.5])
-    )
+    row = Sequence(tokens=torch.arange(3), loss_mask=torch.tensor([0.0, 1, 1]), weights=torch.tensor([0.0, 0.5, 0.5]))
     model = TokenOutputs(torch.tensor([7.0, -1.0, -3.0]), torch.zeros(3))
     result = sft_loss(model, pack([row], [0]))
     assert result.loss.item() == 2.0

@@ -77,9 +77,7 @@ def test_rank_micro_batches_cover_the_batch() -> None:
     seen = []
     for rank in range(2):
         for micro_batch in rank_micro_batches(sequences, 12, layout(rank, 2)):
-            for index, part in zip(
-                micro_batch.indices, micro_batch.tokens.split(micro_batch.lengths), strict=True
-            ):
+            for index, part in zip(micro_batch.indices, micro_batch.tokens.split(micro_batch.lengths), strict=True):
                 assert torch.equal(part, sequences[index].tokens)
                 seen.append(index)
     assert sorted(seen) == [0, 1, 2, 3, 4]

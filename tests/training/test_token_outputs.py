@@ -41,9 +41,7 @@ def gradients(
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_equals_naive(chunk_tokens: int, temperature: float) -> None:
     hidden, weight, targets = problem()
-    outputs = linear_token_outputs(
-        hidden, weight, targets, temperature=temperature, chunk_tokens=chunk_tokens
-    )
+    outputs = linear_token_outputs(hidden, weight, targets, temperature=temperature, chunk_tokens=chunk_tokens)
     expected = naive(hidden, weight, targets, temperature)
     torch.testing.assert_close(outputs, expected, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(
@@ -87,14 +85,10 @@ def test_extreme_logits_stay_finite() -> None:
 
 
 def vocabulary_parallel_rank(rank: int, world_size: int, directory: str) -> None:
-    dist.init_process_group(
-        "gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=world_size
-    )
+    dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=world_size)
     hidden, weight, targets = problem()
     block = weight.detach().chunk(world_size)[rank].clone().requires_grad_()
-    outputs = linear_token_outputs(
-        hidden, block, targets, temperature=0.7, chunk_tokens=4, group=dist.group.WORLD
-    )
+    outputs = linear_token_outputs(hidden, block, targets, temperature=0.7, chunk_tokens=4, group=dist.group.WORLD)
     hidden_grad, block_grad = gradients(outputs, (hidden, block))
     torch.save([*outputs, hidden_grad, block_grad], Path(directory) / f"rank{rank}.pt")
     dist.destroy_process_group()
