@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 import uvicorn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from miles.engines.embedded.model import Runner, load_runner
 from miles.engines.embedded.protocol import ModelFacts
@@ -47,6 +48,7 @@ def serve_embedded(options: EmbeddedOptions) -> None:
     """Serve until SIGTERM or SIGINT. Raises EngineError when the engine cannot start or fails."""
     # Bound before the model is loaded: a port in use is known at once.
     listener = _bind(options.host, options.port)
+    disable_progress_bar()
     runner = load_runner(options.model, options.dtype, trust_remote_code=options.trust_remote_code)
     tokenizer = _tokenizer(options)
     facts = _facts(options, runner, tokenizer)

@@ -54,7 +54,7 @@ class Runner:
 
         return record
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def forward(self, tokens: Sequence[int], segments: Sequence[Segment], asked: Sequence[int]) -> PassResult:
         """Run `tokens` (those of `segments`, packed) and return the logits that follow each token index in `asked`."""
         plan = plan_attention(segments, self.cache)
@@ -124,7 +124,7 @@ def _refuse_recurrent(config: Any) -> None:
         )
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _check_against_plain_forward(runner: Runner, directory: Path) -> None:
     """Refuse a model whose packed, cached passes differ from its own plain forward pass."""
     tokens = [t % runner.vocabulary for t in (5, 11, 3, 17, 2, 7, 13, 1, 19)]
