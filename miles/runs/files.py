@@ -17,22 +17,24 @@ from typing import Any
 from miles.errors import RunError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_REFUSALS = (*_FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
+_REFUSALS = (*_FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENOENT)
 
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn the disk's refusals (full, read-only, no permission) into a RunError that names the file."""
+    """Turn the disk's refusals (full, read-only, no permission, no directory) into a RunError that names the file."""
     try:
         yield
     except OSError as error:
         if error.errno not in _REFUSALS:
             raise
-        full = error.errno in _FULL
-        fix = "free some space there, or set runs_dir to" if full else "make it writable, or set runs_dir to"
-        raise RunError(
-            f"cannot write {path}: {os.strerror(error.errno)}", fix=f"{fix} another directory"
-        ) from error
+        if error.errno in _FULL:
+            fix = "free some space there, or use a directory on another disk (runs_dir)"
+        elif error.errno == errno.ENOENT:
+            fix = f"create the directory {path.parent}"
+        else:
+            fix = "make it writable, or use another directory (runs_dir)"
+        raise RunError(f"cannot write {path}: {os.strerror(error.errno)}", fix=fix) from error
 
 
 def write_atomic(path: Path, text: str, *, mode: int = 0o644, durable: bool = True) -> None:
