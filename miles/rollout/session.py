@@ -88,12 +88,19 @@ class RolloutSession:
         return self._runner.run(call)
 
     def _load(self, data: DataSection) -> list[Prompt]:
-        rollout, engine = self._step.rollout, self._step.engine
-        context_length = min(self._model.context_length, engine.context_length or self._model.context_length)
-        room = context_length - rollout.max_response_tokens
-        prompts = load_prompts(resolved(data, self._paths), self._model.tokenizer, max_prompt_tokens=room)
+        prompts = load_prompts(resolved(data, self._paths), self._model.tokenizer, max_prompt_tokens=self._room())
         self._grader.check(prompts)
         return prompts
+
+    def _room(self) -> int:
+        """Tokens that the longest response leaves for a prompt, in the engine's context and in a micro-batch."""
+        step = self._step
+        bounds = [self._model.context_length]
+        if step.engine.context_length is not None:
+            bounds.append(step.engine.context_length)
+        if isinstance(step, RlStep):
+            bounds.append(step.train.max_tokens_per_micro_batch)
+        return min(bounds) - step.rollout.max_response_tokens
 
     def _manager(self, temperature: float, group_size: int) -> RolloutManager:
         rollout = self._step.rollout
