@@ -27,7 +27,7 @@ from miles.errors import EngineError
 
 NAME = "miles_slots"
 """Name of the attention in transformers' registry."""
-MIN_QUERIES = 4
+MIN_ROWS = 4
 """Matrix kernels take another path, with other rounding, below four rows."""
 FIRST_KEYS = 64
 """Smallest number of keys that is read, see `keys_read`."""
@@ -53,22 +53,25 @@ class Group:
 
     rows: torch.Tensor
     """int64 [S], cache rows"""
+    in_order: bool
+    """The rows are 0, 1, ..., S - 1."""
     tokens: torch.Tensor
-    """int64 [S, N], where each query lies in the packed pass; padding repeats the segment's last token"""
+    """int64 [S * N], where each query lies in the packed pass; padding repeats the segment's last token"""
     positions: torch.Tensor
     """int64 [S, N]"""
     keys: int
     """Keys that are read, L"""
     masks: dict[tuple[int | None, int], torch.Tensor] = field(default_factory=dict)
 
-    def mask(self, window: int | None, repeat: int) -> torch.Tensor:
-        """Bool [S, 1, repeat * N, L]: causal, and within the sliding window where the layer has one."""
+    def mask(self, window: int | None, repeat: int, dtype: torch.dtype) -> torch.Tensor:
+        """[S, 1, repeat * N, L], 0 or -inf: causal, and within the sliding window where the layer has one."""
         if (window, repeat) not in self.masks:
             key = torch.arange(self.keys)
-            visible = key <= self.positions[:, :, None]
+            hidden = key > self.positions[:, :, None]
             if window is not None:
-                visible &= key > self.positions[:, :, None] - window
-            self.masks[window, repeat] = visible.repeat(1, repeat, 1)[:, None]
+                hidden |= key <= self.positions[:, :, None] - window
+            mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
+            self.masks[window, repeat] = mask.repeat(1, repeat, 1)[:, None]
         return self.masks[window, repeat]
 
 
@@ -82,6 +85,9 @@ class AttentionPlan:
     positions: torch.Tensor
     """int64 [T]"""
     groups: list[Group]
+
+    def __len__(self) -> int:
+        return self.rows.numel()
 
 
 class SlotCache:
@@ -118,13 +124,12 @@ class SlotCache:
 
     def read(self, layer: int, group: Group) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the group's rows, each [S, K, L, D]; a view when the group is all rows in order."""
-        stored = self._layers[layer]
-        count = len(group.rows)
-        if group.rows[-1] == count - 1 and torch.equal(group.rows, torch.arange(count)):
-            key, value = (tensor[:count, : group.keys].transpose(1, 2) for tensor in stored)
+        key, value = (tensor[:, : group.keys] for tensor in self._layers[layer])
+        if group.in_order:
+            key, value = (tensor[: group.rows.numel()] for tensor in (key, value))
         else:
-            key, value = (tensor[:, : group.keys][group.rows].transpose(1, 2) for tensor in stored)
-        return key, value
+            key, value = (tensor.index_select(0, group.rows) for tensor in (key, value))
+        return key.transpose(1, 2), value.transpose(1, 2)
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` tokens of row `source` over row `target`."""
@@ -157,38 +162,43 @@ def keys_read(position: int) -> int:
     return three_quarters if size > 2 * FIRST_KEYS and position < three_quarters else size
 
 
-def plan_attention(segments: Sequence[Segment], cache: SlotCache) -> AttentionPlan:
-    """The plan of a pass whose packed tokens are those of `segments`, one after the other."""
+def plan_attention(segments: Sequence[Segment], cache: SlotCache, repeat: int) -> AttentionPlan:
+    """The plan of a pass whose packed tokens are those of `segments`, one after the other.
+
+    `repeat` is the number of query heads that share a key-value head.
+    """
     pieces: dict[tuple[int, int], list[tuple[Segment, int]]] = defaultdict(list)
-    offset = 0
+    rows: list[int] = []
+    positions: list[int] = []
     for segment in segments:
         start = segment.start
         while start < segment.stop:
             keys = keys_read(start)
-            stop = min(segment.stop, keys)
-            piece = Segment(segment.row, start, stop - start)
+            piece = Segment(segment.row, start, min(segment.stop, keys) - start)
             # A decoded token shares no call with a prompt: it would be padded to the prompt's length.
-            width = _grown(MIN_QUERIES, piece.length, MIN_QUERIES)
-            pieces[keys, width].append((piece, offset + start - segment.start))
-            start = stop
-        offset += segment.length
-    cache.reserve(max(s.row for s in segments) + 1, max(keys for keys, _ in pieces))
+            width = _grown(-(-MIN_ROWS // repeat), piece.length, 1)
+            pieces[keys, width].append((piece, len(positions) + start - segment.start))
+            start = piece.stop
+        rows += [segment.row] * segment.length
+        positions += range(segment.start, segment.stop)
+    cache.reserve(max(rows) + 1, max(keys for keys, _ in pieces))
     return AttentionPlan(
         cache=cache,
-        rows=torch.cat([torch.full((s.length,), s.row) for s in segments]),
-        positions=torch.cat([torch.arange(s.start, s.stop) for s in segments]),
+        rows=torch.tensor(rows),
+        positions=torch.tensor(positions),
         groups=[_group(members, keys, width) for (keys, width), members in pieces.items()],
     )
 
 
 def _group(members: list[tuple[Segment, int]], keys: int, width: int) -> Group:
-    lengths = torch.tensor([piece.length for piece, _ in members])
-    # Only one query of a decoded token is real; repeating it keeps the kernel at MIN_QUERIES rows.
-    step = torch.minimum(torch.arange(width), lengths[:, None] - 1)
+    # Padding repeats the last query of a piece: its rows come out alike and are written to the same place.
+    steps = [[min(step, piece.length - 1) for step in range(width)] for piece, _ in members]
+    rows = [piece.row for piece, _ in members]
     return Group(
-        rows=torch.tensor([piece.row for piece, _ in members]),
-        tokens=torch.tensor([offset for _, offset in members])[:, None] + step,
-        positions=torch.tensor([piece.start for piece, _ in members])[:, None] + step,
+        rows=torch.tensor(rows),
+        in_order=rows == list(range(len(rows))),
+        tokens=torch.tensor([offset + s for (_, offset), row in zip(members, steps, strict=True) for s in row]),
+        positions=torch.tensor([[p.start + s for s in row] for (p, _), row in zip(members, steps, strict=True)]),
         keys=keys,
     )
 
@@ -212,34 +222,37 @@ def slot_attention(
     if plan is None or refused:
         what = f"its attention needs {refused[0]}" if refused else "it does not pass arguments on to its attention"
         raise EngineError(f"the embedded engine cannot run this model: {what}", fix='use engine.kind = "sglang"')
-    tokens = len(plan.rows)
     layer = module.layer_idx
     assert isinstance(layer, int)
-    plan.cache.write(layer, plan, key[0, :, :tokens].transpose(0, 1), value[0, :, :tokens].transpose(0, 1))
+    queries, keys, values = (heads[0, :, : len(plan)].transpose(0, 1) for heads in (query, key, value))
+    plan.cache.write(layer, plan, keys, values)
     output = query.new_zeros(query.shape[2], query.shape[1], value.shape[-1])
     for group in plan.groups:
-        output[group.tokens] = _attend(group, layer, plan.cache, query[0].transpose(0, 1), scaling, sliding_window)
+        attended = _attend(group, layer, plan.cache, queries, scaling, sliding_window)
+        output.index_copy_(0, group.tokens, attended)
     return output[None], None
 
 
 def _attend(
-    group: Group, layer: int, cache: SlotCache, query: torch.Tensor, scaling: float | None, window: int | None
+    group: Group, layer: int, cache: SlotCache, queries: torch.Tensor, scaling: float | None, window: int | None
 ) -> torch.Tensor:
-    """Attention of one group: query [P, H, D] of the whole pass, result [S, N, H, D]."""
+    """Attention of one group: queries [T, H, D] of the whole pass, result [S * N, H, D]."""
     keys, values = cache.read(layer, group)
-    segments, width = group.tokens.shape
-    heads, kv_heads = query.shape[1], keys.shape[1]
+    segments, width = group.positions.shape
+    heads, kv_heads = queries.shape[1], keys.shape[1]
     # The query heads that share a key-value head become further rows of one product.
     repeat = heads // kv_heads
-    rows = query[group.tokens].view(segments, width, kv_heads, repeat, -1).permute(0, 2, 3, 1, 4)
+    rows = queries.index_select(0, group.tokens).view(segments, width, kv_heads, repeat, -1).permute(0, 2, 3, 1, 4)
     attended = F.scaled_dot_product_attention(
         rows.reshape(segments, kv_heads, repeat * width, -1),
         keys,
         values,
-        attn_mask=group.mask(window, repeat),
+        attn_mask=group.mask(window, repeat, queries.dtype),
         scale=scaling,
     )
-    return attended.view(segments, kv_heads, repeat, width, -1).permute(0, 3, 1, 2, 4).flatten(2, 3)
+    return (
+        attended.view(segments, kv_heads, repeat, width, -1).permute(0, 3, 1, 2, 4).reshape(-1, heads, values.shape[-1])
+    )
 
 
 AttentionInterface.register(NAME, slot_attention)

@@ -41,6 +41,8 @@ class Runner:
         self.config = model.config
         self.cache = SlotCache()
         self.vocabulary = int(model.get_output_embeddings().weight.shape[0])
+        heads = self.config.num_attention_heads
+        self._repeat = heads // (getattr(self.config, "num_key_value_heads", None) or heads)
         self._routes: dict[int, torch.Tensor] = {}
         self.has_routes = False
         for name, module in model.named_modules():
@@ -57,7 +59,7 @@ class Runner:
     @torch.no_grad()
     def forward(self, tokens: Sequence[int], segments: Sequence[Segment], asked: Sequence[int]) -> PassResult:
         """Run `tokens` (those of `segments`, packed) and return the logits that follow each token index in `asked`."""
-        plan = plan_attention(segments, self.cache)
+        plan = plan_attention(segments, self.cache, self._repeat)
         total = len(tokens)
         padding = -total % PASS_ROWS
         last = asked[-1] if asked else total - 1

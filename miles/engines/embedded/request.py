@@ -42,6 +42,8 @@ class Request:
     """Of the prompt tokens from `prompt_log_probs_from` + 1."""
     routes: list[torch.Tensor] = field(default_factory=list)
     """int32 [tokens, layers, top_k] of consecutive passes"""
+    routed: int = 0
+    """Tokens whose routes are known."""
     versions: list[tuple[str, int]] = field(default_factory=list)
     """(weight version, number of tokens drawn when it ended), in order; the last is open."""
     stored: int = 0
@@ -63,8 +65,9 @@ class Request:
 
         Positions that are read again after a retraction keep the routes of their first reading.
         """
-        known = sum(len(part) for part in self.routes)
-        self.routes.append(routes[max(0, known - start) :].clone())
+        new = routes[max(0, self.routed - start) :]
+        self.routes.append(new.clone())
+        self.routed += new.shape[0]
 
     def append(self, token: int, log_prob: float, version: str) -> None:
         """Take the next token, drawn by weights of `version`."""
