@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import shutil
 import signal
 import time
@@ -118,7 +119,7 @@ class Supervision:
 
     def run(self) -> None:
         """Start everything; return when all ranks have ended well, else raise what ended the step."""
-        ports = choose_ports(self._processes.engines + 1, seed=self._attempt)
+        ports = choose_ports(self._processes.engines + 1, seed=os.getpid())
         self._start_engines(ports[1:])
         self._wait_for_engines(ports[1:])
         self._start_ranks(ports[0], [f"http://{LOOPBACK}:{port}" for port in ports[1:]])
