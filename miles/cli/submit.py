@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 
 def submit(
     file: FileArgument,
-    local: Annotated[
-        bool, typer.Option("--local", help="Run on this machine, in processes of its own.")
-    ] = False,
+    local: Annotated[bool, typer.Option("--local", help="Run on this machine, in processes of its own.")] = False,
     detach: Annotated[
         bool, typer.Option("--detach", help="Return at once; the run goes on when the terminal closes.")
     ] = False,
@@ -91,7 +89,7 @@ def _finish(paths: RunPaths, driver: Driver, console: Console, file: Path) -> No
     print_summary(paths, console)
     print_next(
         console,
-        (f"miles report {name}", "write the report again and say where it is"),
+        (f"miles report {name}", "the report"),
         (f"miles status {name}", "steps, times, attempts"),
         (f"miles submit {file} --local --set name=other --set seed=1", "the same with another seed"),
     )

@@ -10,6 +10,9 @@ from miles.runs.progress import Progress, read_progress
 from miles.workflow.status import RunStatus, State, StepStatus, read_status
 
 
+_SCORES = ("eval/reward", "eval/pass@")
+
+
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """A run at one instant."""
@@ -26,11 +29,16 @@ class Snapshot:
 
     @property
     def shown(self) -> StepStatus | None:
-        """The step whose figures are shown: the running one, else the last with any."""
-        if self.running is not None:
-            return self.running
+        """The step whose figures are shown: the running one when it has any, else the last with any."""
         stages = {line.stage for line in self.metrics}
+        if self.running is not None and self.running.name in stages:
+            return self.running
         return next((step for step in reversed(self.status.steps) if step.name in stages), None)
+
+    @property
+    def recorded_steps(self) -> int:
+        """Training steps that the running stage has finished."""
+        return sum(line.step > 0 for line in self.lines_of(self.running.name)) if self.running else 0
 
     def lines_of(self, stage: str) -> list[MetricsLine]:
         """Metrics of one stage, by step."""
@@ -67,11 +75,11 @@ def series(lines: list[MetricsLine], name: str) -> list[float]:
 
 
 def evaluation_changes(snapshot: Snapshot) -> list[Change]:
-    """First and last value of every `eval/` figure of every stage that evaluated at least twice."""
+    """Reward and pass@k, first and last, of every stage that evaluated at least twice."""
     changes = []
     for step in snapshot.status.steps:
         lines = snapshot.lines_of(step.name)
-        names = dict.fromkeys(name for line in lines for name in line.values if name.startswith("eval/"))
+        names = dict.fromkeys(name for line in lines for name in line.values if name.startswith(_SCORES))
         for name in names:
             values = series(lines, name)
             if len(values) > 1:

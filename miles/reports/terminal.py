@@ -37,8 +37,10 @@ KEY_FIGURES = (
 )
 PLAIN_FIGURES = ("reward/mean", "accuracy", "loss", "response/length_mean", "grad_norm", "time/step")
 
+_NO_BREAK = "\u00a0"
 _CHART_HEIGHT = 6
 _CHART_WIDTH = 60
+_WIDEST_COLUMN = 3
 
 
 def duration(seconds: float) -> str:
@@ -60,12 +62,12 @@ def state_text(state: State) -> Text:
 def run_view(snapshot: Snapshot, *, width: int) -> RenderableType:
     """The whole view: steps, progress, curve, key figures."""
     status = snapshot.status
-    heading = Text.assemble(
-        (status.name, "bold"), "  ", state_text(status.state), "  ", (status.directory, "dim")
-    )
+    heading = Text.assemble((status.name, "bold"), "  ", state_text(status.state), "  ", (status.directory, "dim"))
     parts: list[RenderableType] = [heading, Text(), steps_table(snapshot.status.steps)]
     if snapshot.running is not None and snapshot.progress is not None:
-        parts += [Text(), progress_bars(snapshot.progress, eta=_eta(snapshot))]
+        parts += [Text(), progress_bars(snapshot.progress, finished=snapshot.recorded_steps, left=_time_left(snapshot))]
+    elif snapshot.running is not None:
+        parts += [Text(), Text("starting", "dim")]
     if snapshot.shown is not None:
         lines = snapshot.lines_of(snapshot.shown.name)
         if lines:
@@ -86,13 +88,13 @@ def steps_table(steps: list[StepStatus]) -> Table:
     return table
 
 
-def progress_bars(progress: Progress, *, eta: str) -> Table:
-    """Two bars: training steps of the stage, and units of the current phase."""
+def progress_bars(progress: Progress, *, finished: int, left: str) -> Table:
+    """Two bars: training steps of the stage, of which `finished` are done, and units of the current phase."""
     table = Table.grid(padding=(0, 2))
     table.add_row(
         f"step {progress.step}/{progress.steps}",
-        ProgressBar(total=max(1, progress.steps), completed=progress.step, width=40),
-        eta,
+        ProgressBar(total=max(1, progress.steps), completed=finished, width=40),
+        left,
     )
     if progress.total > 0:
         phase_bar = ProgressBar(total=progress.total, completed=progress.done, width=40)
@@ -108,7 +110,9 @@ def curve(lines: list[MetricsLine], *, width: int) -> list[Text]:
     name, values = ("reward", rewards) if rewards else ("loss", series(lines, "loss"))
     if len(values) < 2:
         return []
-    columns = resample(values, min(_CHART_WIDTH, max(10, width - 12)))
+    space = min(_CHART_WIDTH, max(10, width - 12))
+    repeat = max(1, min(_WIDEST_COLUMN, space // len(values)))
+    columns = [value for value in resample(values, space) for _ in range(repeat)]
     low, high = min(0.0, *columns), max(columns)
     rows = column_chart(columns, width=len(columns), height=_CHART_HEIGHT, low=low, high=high)
     labels = [f"{high:8.3f}", *[" " * 8] * (_CHART_HEIGHT - 2), f"{low:8.3f}"]
@@ -125,7 +129,9 @@ def key_figures(lines: list[MetricsLine]) -> Text:
     for name, label, form in KEY_FIGURES:
         values = series(lines, name)
         if values:
-            text.append(f"{label} ", "dim").append(format(values[-1], form)).append("   ")
+            text.append(f"{label}{_NO_BREAK}".replace(" ", _NO_BREAK), "dim").append(f"{values[-1]:{form}}").append(
+                "   "
+            )
     return text
 
 
@@ -161,14 +167,15 @@ def _evaluation(lines: list[MetricsLine]) -> list[Text]:
     return [text]
 
 
-def _eta(snapshot: Snapshot) -> str:
+def _time_left(snapshot: Snapshot) -> str:
     """Time left in the stage, from the steps that it has recorded."""
     progress, running = snapshot.progress, snapshot.running
     assert progress is not None and running is not None
     times = series(snapshot.lines_of(running.name), "time/step")[-20:]
     if not times:
         return ""
-    return f"about {duration(sum(times) / len(times) * (progress.steps - progress.step + 1))} left"
+    steps_left = progress.steps - snapshot.recorded_steps
+    return f"about {duration(sum(times) / len(times) * steps_left)} left" if steps_left else ""
 
 
 def _first_line(text: str) -> str:
