@@ -9,7 +9,6 @@ from miles.runs.paths import RunPaths
 from miles.runs.progress import Progress, read_progress
 from miles.workflow.status import RunStatus, State, StepStatus, read_status
 
-
 _SCORES = ("eval/reward", "eval/pass@")
 
 
