@@ -54,7 +54,7 @@ class CheckpointReader:
         return set(self._file_of)
 
     def read(self, name: str, shape: tuple[int, ...], part: tuple[slice, ...]) -> torch.Tensor:
-        """The given part of a tensor, on the CPU. `DataError` when it is missing or has another whole `shape`."""
+        """The given part of a tensor, on the CPU; `DataError` when it is missing or its shape is not `shape`."""
         if name not in self._file_of:
             raise DataError(
                 f"{self.directory} has no weight {name!r}, which its config.json calls for",
@@ -75,9 +75,7 @@ class CheckpointReader:
             try:
                 self._files[file] = safe_open(self.directory / file, "pt")
             except (OSError, SafetensorError) as error:
-                raise DataError(
-                    f"cannot read {self.directory / file}: {error}", fix="copy the file again"
-                ) from error
+                raise DataError(f"cannot read {self.directory / file}: {error}", fix="copy the file again") from error
         return self._files[file]
 
 
@@ -99,9 +97,7 @@ def _weight_map(directory: Path) -> dict[str, str]:
         raise DataError(f"cannot read {directory / SINGLE}: {error}", fix="copy the file again") from error
 
 
-def write_model(
-    directory: Path, weights: Iterable[tuple[str, torch.Tensor]], source: Path, dtype: torch.dtype
-) -> None:
+def write_model(directory: Path, weights: Iterable[tuple[str, torch.Tensor]], source: Path, dtype: torch.dtype) -> None:
     """Write `weights` (whole tensors, checkpoint names) as a model directory that `from_pretrained` opens.
 
     Everything else (config, tokenizer, chat template, generation config, remote code) is copied from

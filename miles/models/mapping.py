@@ -94,7 +94,7 @@ def _require(config: Any, family: str) -> None:
     for key, refused in unsupported.items():
         if refused:
             raise DataError(
-                f"the megatron backend does not support {key} = {getattr(config, key)!r} of this {family} model",
+                f"this {family} model has {key} = {getattr(config, key)!r}, which the megatron backend lacks",
                 fix='train.backend = "fsdp" runs the Hugging Face implementation',
             )
 
@@ -236,9 +236,7 @@ def _expert_weights(geometry: Geometry, layer: int, fused_names: bool) -> Iterat
     norm, router = (f"{hf}post_attention_layernorm.weight",), (f"{hf}mlp.gate.weight",)
     yield Weight(f"{megatron}pre_mlp_layernorm.weight", norm, ((width,),), layer=layer)
     yield Weight(f"{megatron}mlp.router.weight", router, ((geometry.experts, width),), layer=layer)
-    module = (
-        "mlp.experts.{}.weight{{expert}}" if fused_names else "mlp.experts.local_experts.{{expert}}.{}.weight"
-    )
+    module = "mlp.experts.{}.weight{{expert}}" if fused_names else "mlp.experts.local_experts.{{expert}}.{}.weight"
     for expert in range(geometry.experts):
         source = f"{hf}mlp.experts.{expert}."
         yield Weight(

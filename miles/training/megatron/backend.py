@@ -1,8 +1,8 @@
 """`MegatronBackend`: the trainer protocol on megatron-core.
 
 Owns the step: forward and backward through megatron-core's pipeline schedule, the distributed optimizer, and
-what the ranks tell each other about it. Building the model, moving weights and the CPU's peculiarities have their
-own files here. Token outputs and losses are shared with the other backend.
+what the ranks tell each other about it. Building the model, moving weights and the CPU's peculiarities have
+their own files here. Token outputs and losses are shared with the other backend.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from transformers import AutoConfig
 
 from miles.config.schema import TrainSection
 from miles.data.batch import MicroBatch
+from miles.errors import ConfigError, TrainerError
 from miles.models.checkpoint import CheckpointReader, write_model
 from miles.models.mapping import check_layout, geometry_of
 from miles.training.backend import Layout, LossFunction, TokenOutputs, UpdateStats
@@ -68,6 +69,11 @@ class MegatronBackend:
             expert=train.expert_parallel_size,
             world_size=dist.get_world_size(),
         )
+        if train.moe_aux_loss_coef > 0 and not geometry.experts:
+            raise ConfigError(
+                f"train.moe_aux_loss_coef = {train.moe_aux_loss_coef}, but {config.model_type} has no experts",
+                fix="set it to 0",
+            )
         with self._platform():
             self._grid = create_grid(train)
             if self.device.type == "cuda":
@@ -84,6 +90,8 @@ class MegatronBackend:
         self.layout = self._grid.layout
 
     def log_probs(self, micro_batches: list[MicroBatch], temperature: float) -> list[TokenOutputs]:
+        """As `TrainerBackend.log_probs`; the outputs lie on `device`."""
+
         def keep(outputs: TokenOutputs, micro_batch: MicroBatch) -> tuple[torch.Tensor, TokenOutputs]:
             return outputs.log_probs.new_zeros(()), outputs
 
@@ -91,33 +99,28 @@ class MegatronBackend:
             kept = self._run(self._model, micro_batches, keep, temperature, forward_only=True)
             return [
                 self._from_last_stage(micro_batch, outputs)
-                for micro_batch, outputs in zip(
-                    micro_batches, kept or [None] * len(micro_batches), strict=True
-                )
+                for micro_batch, outputs in zip(micro_batches, kept or [None] * len(micro_batches), strict=True)
             ]
 
     def update(
         self, micro_batches: list[MicroBatch], loss: LossFunction, *, lr: float, temperature: float
     ) -> UpdateStats:
+        """As `TrainerBackend.update`; `TrainerError` and unchanged weights where the gradient is not finite.
+
+        The routers' balancing loss joins the gradient as the mean over micro-batches by tokens, times
+        train.moe_aux_loss_coef; the reported loss does not contain it.
+        """
         with self._platform():
             sums = self._accumulate(micro_batches, loss, temperature)
-            for group in self._trainable.optimizer.param_groups:
-                group["lr"] = lr
-            _, grad_norm, _ = self._trainable.optimizer.step()
-        return UpdateStats(loss=sums.pop("loss"), grad_norm=float(grad_norm), metrics=sums)
-
-    def gradients(
-        self, micro_batches: list[MicroBatch], loss: LossFunction, *, temperature: float
-    ) -> tuple[float, Iterator[tuple[str, torch.Tensor]]]:
-        """The loss and its whole gradient, float32 by checkpoint names, without a step; for comparisons."""
-        with self._platform():
-            sums = self._accumulate(micro_batches, loss, temperature, every_rank=True)
-        return sums["loss"], self._weights.export(_gradient)
+            grad_norm = self._step(lr)
+        return UpdateStats(loss=sums.pop("loss"), grad_norm=grad_norm, metrics=sums)
 
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return self._weights.export(lambda parameter: parameter)
+        """As `TrainerBackend.named_weights`; one parameter is whole at a time. Copy what is kept."""
+        return self._weights.export()
 
     def save_hf(self, directory: Path) -> None:
+        """As `TrainerBackend.save_hf`; rank 0 writes."""
         if self.layout.rank == 0:
             write_model(directory, self.named_weights(), self._model_dir, self._dtype)
         else:
@@ -132,29 +135,46 @@ class MegatronBackend:
     def _platform(self) -> AbstractContextManager[None]:
         return cpu_megatron() if self.device.type == "cpu" else nullcontext()
 
-    def _accumulate(
-        self,
-        micro_batches: list[MicroBatch],
-        loss: LossFunction,
-        temperature: float,
-        every_rank: bool = False,
-    ) -> dict[str, float]:
-        """Gradients into the buffers, reduced; returns the sums of loss and metrics, the same on every rank.
+    def _accumulate(self, micro_batches: list[MicroBatch], loss: LossFunction, temperature: float) -> dict[str, float]:
+        """Gradients into the buffers, reduced; returns the sums of loss and metrics, the same on every rank."""
+        scale = self._balance_scale(micro_batches)
 
-        `every_rank`: each data-parallel rank gets the whole gradient, not only its optimizer's shard.
-        """
-
-        def weigh(
-            outputs: TokenOutputs, micro_batch: MicroBatch
-        ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        def weigh(outputs: TokenOutputs, micro_batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             result = loss(outputs, micro_batch)
-            return result.loss, {"loss": result.loss.detach(), **result.metrics}
+            return result.loss / scale, {"loss": result.loss.detach(), **result.metrics}
 
         trainable = self._trainable
         trainable.model.zero_grad_buffer()
         trainable.optimizer.zero_grad()
-        kept = self._run(trainable.model, micro_batches, weigh, temperature, force_all_reduce=every_rank)
-        return self._sum(kept)
+        self._model.config.grad_scale_func = lambda value: value * scale
+        return self._sum(self._run(trainable.model, micro_batches, weigh, temperature))
+
+    def _balance_scale(self, micro_batches: list[MicroBatch]) -> float:
+        """The factor that makes the routers' balancing loss a mean over tokens.
+
+        megatron-core multiplies that loss of a micro-batch by its tokens on this rank, which sequence parallelism
+        has divided. It has one factor for this loss and the main one, so the main one is divided by it before.
+        """
+        if self._train.moe_aux_loss_coef == 0:
+            return 1.0
+        total = torch.tensor(float(sum(len(batch.tokens) for batch in micro_batches)), device=self.device)
+        dist.all_reduce(total, group=self._grid.data.group)
+        return self._grid.tensor.size / total.item()
+
+    def _step(self, lr: float) -> float:
+        """One optimizer step; returns the gradient's norm before clipping."""
+        optimizer = self._trainable.optimizer
+        optimizer.prepare_grads()
+        norm = float(optimizer.get_grad_norm())
+        if not math.isfinite(norm):
+            raise TrainerError(
+                f"the gradient's norm is {norm}; the weights were left as they are",
+                fix="lower train.lr, or look for absurd rewards or log-probabilities in the last samples",
+            )
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        return norm
 
     def _run(
         self,
@@ -171,9 +191,7 @@ class MegatronBackend:
             hidden = model(**model_inputs(micro_batch, self._grid.tensor.size))
             return hidden, partial(consume_hidden, micro_batch)
 
-        def consume_hidden(
-            micro_batch: MicroBatch, hidden: torch.Tensor
-        ) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        def consume_hidden(micro_batch: MicroBatch, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
             outputs = self._token_outputs(hidden, micro_batch, temperature)
             loss, kept = consume(outputs, micro_batch)
             return loss, torch.zeros((), dtype=torch.int, device=self.device), kept
@@ -190,9 +208,7 @@ class MegatronBackend:
         )
         return kept
 
-    def _token_outputs(
-        self, hidden: torch.Tensor, micro_batch: MicroBatch, temperature: float
-    ) -> TokenOutputs:
+    def _token_outputs(self, hidden: torch.Tensor, micro_batch: MicroBatch, temperature: float) -> TokenOutputs:
         return token_outputs(
             hidden[: len(micro_batch.tokens), 0],
             self._model.output_weight,
@@ -222,9 +238,7 @@ class MegatronBackend:
         box: list[dict[str, float] | None] = [None]
         if self._grid.last_stage:
             names = sorted(kept[0])
-            totals = torch.stack(
-                [torch.stack([entry[name].double() for entry in kept]).sum() for name in names]
-            )
+            totals = torch.stack([torch.stack([entry[name].double() for entry in kept]).sum() for name in names])
             dist.all_reduce(totals, group=self._grid.data.group)
             box = [dict(zip(names, totals.tolist(), strict=True))]
         pipeline = self._grid.pipeline
@@ -253,8 +267,7 @@ class _Trainable:
             adam_beta1=train.adam_beta1,
             adam_beta2=train.adam_beta2,
             adam_eps=train.adam_eps,
-            # Without clipping megatron-core would not compute the norm either.
-            clip_grad=train.clip_grad or math.inf,
+            clip_grad=train.clip_grad,
             bf16=model.config.bf16,
             params_dtype=model.config.params_dtype,
             use_distributed_optimizer=True,
@@ -264,12 +277,6 @@ class _Trainable:
             # Norms and biases are not decayed.
             group["weight_decay"] = train.weight_decay * group["wd_mult"]
         return cls(wrapped, optimizer)
-
-
-def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
-    """Where DistributedDataParallel accumulates it."""
-    gradient: torch.Tensor = vars(parameter)["main_grad"]
-    return gradient
 
 
 def _reduce_gradients(model: list[torch.nn.Module], num_tokens: torch.Tensor | None, **groups: Any) -> None:

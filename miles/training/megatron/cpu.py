@@ -1,8 +1,8 @@
 """What it takes to run megatron-core on a CPU: each of its CUDA assumptions on our path, met without a GPU.
 
 megatron-core names CUDA where any device would do. `cpu_megatron()` answers those names from the CPU while it
-is entered and puts everything back when it is left, so that nothing else in the process notices. On a GPU this
-file is not used. Written against megatron-core 0.16.1; each replacement says which call it is for.
+is entered and puts everything back when it is left, so that nothing else in the process notices. On a GPU it is
+not used. Written against megatron-core 0.16.1; each replacement says which call it is for.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def cpu_megatron() -> Iterator[None]:
     replacements: list[tuple[Any, str, Any]] = [
         # Buffers of gradients, embeddings and pipeline messages are allocated on the "current device".
         (torch.cuda, "current_device", lambda: CPU),
-        # A GPU must finish before pipeline messages are reused; splits are copied to the host on a side stream.
+        # A GPU must finish before a message is reused; splits are copied to the host on a side stream.
         (torch.cuda, "synchronize", _nothing),
         (torch.cuda, "Stream", _Stream),
         (torch.cuda, "current_stream", _Stream),

@@ -141,9 +141,7 @@ def _block_spec(geometry: Geometry, grid: Grid, fused: bool) -> TransformerBlock
     """The modules of this stage's layers."""
     count = geometry.layers // grid.pipeline.size
     first = grid.pipeline.rank * count
-    experts = [
-        geometry.experts if sparse else None for sparse in geometry.sparse_layers[first : first + count]
-    ]
+    experts = [geometry.experts if sparse else None for sparse in geometry.sparse_layers[first : first + count]]
     if fused:
         from megatron.core.extensions.transformer_engine import TENorm
 
@@ -160,9 +158,7 @@ def _block_spec(geometry: Geometry, grid: Grid, fused: bool) -> TransformerBlock
 
 
 def _local_layer(geometry: Geometry, experts: int | None) -> ModuleSpec:
-    layer = get_gpt_layer_local_spec(
-        num_experts=experts, qk_layernorm=geometry.qk_norm, normalization="RMSNorm"
-    )
+    layer = get_gpt_layer_local_spec(num_experts=experts, qk_layernorm=geometry.qk_norm, normalization="RMSNorm")
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
     attention = layer.submodules.self_attention.submodules

@@ -20,9 +20,7 @@ class PackedAttention(MegatronModule):
     megatron-core's own `DotProductAttention` refuses packed sequences.
     """
 
-    def __init__(
-        self, config: TransformerConfig, *_: Any, softmax_scale: float | None = None, **__: Any
-    ) -> None:
+    def __init__(self, config: TransformerConfig, *_: Any, softmax_scale: float | None = None, **__: Any) -> None:
         super().__init__(config)
         self.softmax_scale = softmax_scale
 

@@ -6,7 +6,7 @@ is said by `miles.models.mapping`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -54,22 +54,20 @@ class ShardedWeights:
             missing.remove(name)
         assert not missing, f"not in the mapping: {sorted(missing)}"
 
-    def export(
-        self, value: Callable[[torch.nn.Parameter], torch.Tensor]
-    ) -> Iterator[tuple[str, torch.Tensor]]:
+    def export(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Whole tensors under their checkpoint names on every rank, one parameter at a time. Collective.
 
-        `value` says what to export of a parameter: itself, or a tensor of its shape such as its gradient.
+        A tensor may share the model's memory: copy what is kept.
         """
         for weight in decoder_weights(self.geometry, fused_names=self.fused_names):
             stage, expert_rank = self._owner(weight)
             wholes: list[torch.Tensor] | None = None
             if self.grid.pipeline.rank == stage:
                 if self._expert_rank(weight) == expert_rank:
-                    wholes = self._merge(weight, value(self.parameters[self._local_name(weight)]))
+                    wholes = self._merge(weight, self.parameters[self._local_name(weight)])
                 if weight.expert is not None:
-                    wholes = self._broadcast(weight, wholes, self.grid.expert, expert_rank, value)
-            wholes = self._broadcast(weight, wholes, self.grid.pipeline, stage, value)
+                    wholes = self._broadcast(weight, wholes, self.grid.expert, expert_rank)
+            wholes = self._broadcast(weight, wholes, self.grid.pipeline, stage)
             yield from zip(weight.hf, wholes, strict=True)
 
     def _merge(self, weight: Weight, local: torch.Tensor) -> list[torch.Tensor]:
@@ -82,17 +80,12 @@ class ShardedWeights:
         return unfuse(weight, shards, self.geometry)
 
     def _broadcast(
-        self,
-        weight: Weight,
-        wholes: list[torch.Tensor] | None,
-        axis: Axis,
-        source: int,
-        value: Callable[[torch.nn.Parameter], torch.Tensor],
+        self, weight: Weight, wholes: list[torch.Tensor] | None, axis: Axis, source: int
     ) -> list[torch.Tensor]:
         """`wholes` of the axis' rank `source`, on all of its ranks."""
         if axis.size > 1:
             if wholes is None:
-                like = value(next(iter(self.parameters.values())))
+                like = next(iter(self.parameters.values()))
                 wholes = [torch.empty(shape, dtype=like.dtype, device=like.device) for shape in weight.shapes]
             wholes = [whole.contiguous() for whole in wholes]
             for whole in wholes:
@@ -131,9 +124,9 @@ class ShardedWeights:
 def _mark(parameter: torch.nn.Parameter, weight: Weight) -> None:
     """Tell megatron-core over which ranks a gradient is summed and its norm counted.
 
-    It sets these marks itself, but the first only on parameters that it initializes (others count as copies of
-    tensor rank 0's in the norm), and the second only with expert parallelism: without, experts would not be
-    summed over the tensor ranks, each of which routes other tokens to them.
+    It sets these marks itself, but the first only on parameters that it initializes (others count as copies
+    of tensor rank 0's in the norm), and the second only with expert parallelism: without, experts would not
+    be summed over the tensor ranks, each of which routes other tokens to them.
     """
     vars(parameter)["tensor_model_parallel"] = weight.split is not None or weight.expert is not None
     vars(parameter)["allreduce"] = weight.expert is None
