@@ -34,9 +34,7 @@ def check(file: FileArgument, set_: SetOption = None) -> None:
 
 @app.command("explain")
 def explain(
-    key: Annotated[
-        str, typer.Argument(metavar="KEY", help="A key (train.lr, lr), a section or a kind of step.")
-    ],
+    key: Annotated[str, typer.Argument(metavar="KEY", help="A key (train.lr, lr), a section or a kind of step.")],
     json: JsonOption = False,
 ) -> None:
     """Explain a key of the run file."""

@@ -78,11 +78,11 @@ def _print_error(error: MilesError) -> None:
     from rich.panel import Panel
     from rich.text import Text
 
+    stopped = isinstance(error, Interrupted)
+    title, style, remedy = ("stopped", "yellow", "next: ") if stopped else ("error", "red", "fix: ")
     parts = [Text(error.message)]
     if error.fix is not None:
-        parts.append(Text.assemble(("fix: ", "bold"), error.fix))
-    stopped = isinstance(error, Interrupted)
-    title, style = ("stopped", "yellow") if stopped else ("error", "red")
+        parts.append(Text.assemble((remedy, "bold"), error.fix))
     Console(stderr=True, highlight=False).print(
         Panel(Group(*parts), title=title, title_align="left", border_style=style)
     )

@@ -33,14 +33,10 @@ def watch(run: RunArgument = None) -> None:
     watch_run(paths, console, running=lambda: current_holder(paths) is not None, on_interrupt=lambda: False)
     name = run_argument(paths.root)
     if current_holder(paths) is not None:
-        print_next(
-            console, (f"miles watch {name}", "the run goes on: look again"), (f"miles stop {name}", "stop it")
-        )
+        print_next(console, (f"miles watch {name}", "the run goes on: look again"), (f"miles stop {name}", "stop it"))
         return
     print_summary(paths, console)
-    print_next(
-        console, (f"miles status {name}", "steps, times, attempts"), (f"miles report {name}", "the report")
-    )
+    print_next(console, (f"miles status {name}", "steps, times, attempts"), (f"miles report {name}", "the report"))
 
 
 def status(run: RunArgument = None, json: JsonOption = False) -> None:
@@ -81,9 +77,7 @@ def logs(
     role: Annotated[
         str | None, typer.Option("--role", help="Only these processes: driver, engine, trainer or step.")
     ] = None,
-    attempt: Annotated[
-        int | None, typer.Option("--attempt", min=1, help="Attempt number; none: the newest.")
-    ] = None,
+    attempt: Annotated[int | None, typer.Option("--attempt", min=1, help="Attempt number; none: the newest.")] = None,
     lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="Last lines of each log.")] = 100,
 ) -> None:
     """Print the logs of a run's processes."""
@@ -103,12 +97,8 @@ def logs(
 
 def stop(
     run: RunArgument = None,
-    now: Annotated[
-        bool, typer.Option("--now", help="End everything at once, not at the next boundary.")
-    ] = False,
-    timeout: Annotated[
-        float, typer.Option("--timeout", min=0.0, help="Seconds to wait for the end.")
-    ] = 180.0,
+    now: Annotated[bool, typer.Option("--now", help="End everything at once, not at the next boundary.")] = False,
+    timeout: Annotated[float, typer.Option("--timeout", min=0.0, help="Seconds to wait for the end.")] = 180.0,
 ) -> None:
     """Stop a run and wait until it has ended.
 
@@ -148,9 +138,7 @@ def report(run: RunArgument = None, json: JsonOption = False) -> None:
 
 
 def runs(
-    directory: Annotated[Path, typer.Argument(metavar="[DIR]", help="Directory that holds runs.")] = Path(
-        "runs"
-    ),
+    directory: Annotated[Path, typer.Argument(metavar="[DIR]", help="Directory that holds runs.")] = Path("runs"),
     json: JsonOption = False,
 ) -> None:
     """List the runs of a directory.
@@ -175,9 +163,7 @@ def runs(
         console.print(f"no runs under {directory.absolute()}")
         print_next(console, ("miles init", "write a run file to start from"))
         return
-    table = Table(
-        "run", "state", "steps", "time", box=None, header_style="dim", pad_edge=False, padding=(0, 2, 0, 0)
-    )
+    table = Table("run", "state", "steps", "time", box=None, header_style="dim", pad_edge=False, padding=(0, 2, 0, 0))
     for entry in found:
         state = state_text(entry.state) if entry.state is not None else Text("unreadable", "red")
         steps = f"{entry.done}/{entry.steps}" if entry.state is not None else entry.problem

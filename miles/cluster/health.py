@@ -24,9 +24,7 @@ def answers(port: int, token: str) -> bool:
         connection.close()
 
 
-def wait_until_ready(
-    ports: list[int], token: str, *, timeout: float, interrupted: Callable[[], None]
-) -> list[int]:
+def wait_until_ready(ports: list[int], token: str, *, timeout: float, interrupted: Callable[[], None]) -> list[int]:
     """Ask all servers until each is ready or `timeout` seconds are over; returns the ports not ready.
 
     `interrupted` is called between requests and raises to stop waiting (a server died, a signal came).

@@ -21,10 +21,11 @@ from pathlib import Path
 
 from miles.cluster.processes import POLL_SECONDS, end_leftovers
 from miles.cluster.signals import REPEAT_SECONDS, StopSignal
-from miles.cluster.supervisor import CONTINUE, log_to_stderr, supervise
+from miles.cluster.supervisor import interrupted, log_to_stderr, supervise
 from miles.config.load import load_resolved, load_run
-from miles.config.schema import RlStep, RunConfig, SftStep
-from miles.errors import Interrupted, MilesError, RunError
+from miles.config.schema import ReportStep, RlStep, RunConfig, SftStep
+from miles.errors import MilesError, RunError
+from miles.reports.html import check_report
 from miles.runs.claim import Claim, Holder, current_holder, refuse_if_held
 from miles.runs.directory import create_run, run_directory, set_aside
 from miles.runs.failures import FAILURE_VARIABLE, exit_with_failures, read_failure
@@ -45,7 +46,7 @@ def run_workflow(paths: RunPaths, stop: StopSignal) -> None:
         config = load_resolved(paths.root)
         for planned in _pending(config, paths):
             if stop.requested:
-                raise Interrupted(f"stopped before step '{planned.name}'", fix=CONTINUE)
+                raise interrupted(f"stopped before step '{planned.name}'", paths)
             supervise(paths, planned, processes_of(config.steps[planned.name]), stop)
 
 
@@ -64,13 +65,20 @@ def prepare_run(file: Path, overrides: list[str], *, fresh: bool) -> Prepared:
     Raises ConfigError, and RunError when the run is in use, differs from the file, or cannot be written.
     """
     config = load_run(file, overrides)
-    for step in config.steps.values():
-        if isinstance(step, SftStep | RlStep):
-            check_trackers(step.tracking)
+    _check_packages(config)
     paths = run_directory(config)
     refuse_if_held(paths)
     aside = set_aside(paths) if fresh and paths.root.exists() else None
     return Prepared(create_run(config), aside)
+
+
+def _check_packages(config: RunConfig) -> None:
+    """Raise ConfigError for an optional package that a step will need and that is not installed."""
+    for step in config.steps.values():
+        if isinstance(step, SftStep | RlStep):
+            check_trackers(step.tracking)
+        if isinstance(step, ReportStep):
+            check_report()
 
 
 def start_driver(paths: RunPaths) -> Driver:
@@ -128,9 +136,7 @@ def stop_run(paths: RunPaths, *, now: bool, timeout: float) -> Holder:
     if holder is None:
         raise RunError(f"run '{name}' is not running", fix=f"`miles status {name}` shows where it stands")
     if not holder.identity.local:
-        raise RunError(
-            f"run '{name}' is driven on {holder.identity.host}", fix=f"run `miles stop {name}` on that host"
-        )
+        raise RunError(f"run '{name}' is driven on {holder.identity.host}", fix=f"run `miles stop {name}` on that host")
     os.kill(holder.identity.pid, signal.SIGTERM)
     if now:
         time.sleep(2 * REPEAT_SECONDS)
@@ -139,9 +145,7 @@ def stop_run(paths: RunPaths, *, now: bool, timeout: float) -> Holder:
     deadline = time.monotonic() + timeout
     while holder.identity.alive():
         if time.monotonic() > deadline:
-            raise RunError(
-                f"run '{name}' has not stopped within {timeout:g} s", fix=f"`miles stop {name} --now`"
-            )
+            raise RunError(f"run '{name}' has not stopped within {timeout:g} s", fix=f"`miles stop {name} --now`")
         time.sleep(POLL_SECONDS)
     return holder
 

@@ -38,8 +38,6 @@ RANK_GRACE_SECONDS = 120.0
 END_GRACE_SECONDS = 10.0
 """How long any process may take to end when there is nothing left to wait for."""
 
-CONTINUE = "`miles submit` with the same file continues the run"
-
 log = logging.getLogger(__name__)
 
 
@@ -69,6 +67,11 @@ def supervise(paths: RunPaths, planned: PlannedStep, processes: Processes, stop:
         raise
     end_attempt(paths, attempt, EndReason.FINISHED)
     log.info("step %s: done after %.1f s", planned.name, now - began)
+
+
+def interrupted(what: str, paths: RunPaths) -> Interrupted:
+    """The error of a run that was asked to stop, with the command that continues it."""
+    return Interrupted(what, fix=f"`miles submit {paths.config} --local` continues the run")
 
 
 def end_reason(error: MilesError, *, ranks_started: bool) -> EndReason:
@@ -102,9 +105,7 @@ def start_from_the_beginning(paths: RunPaths, name: str) -> str:
 class Supervision:
     """The processes of one attempt of one step."""
 
-    def __init__(
-        self, paths: RunPaths, name: str, attempt: int, processes: Processes, stop: StopSignal
-    ) -> None:
+    def __init__(self, paths: RunPaths, name: str, attempt: int, processes: Processes, stop: StopSignal) -> None:
         self._paths = paths
         self._name = name
         self._attempt = attempt
@@ -183,7 +184,7 @@ class Supervision:
     def _check(self) -> None:
         """Raise when the step is asked to stop or one of its processes has ended badly."""
         if self._stop.requested:
-            raise Interrupted(f"step '{self._name}' was stopped", fix=CONTINUE)
+            raise interrupted(f"step '{self._name}' was stopped", self._paths)
         dead = first_dead(self._engines)
         if dead is not None:
             raise dead.failure() or EngineError(_death(dead), fix=self._fix(dead))

@@ -171,7 +171,8 @@ def _time_left(snapshot: Snapshot) -> str:
     """Time left in the stage, from the steps that it has recorded."""
     progress, running = snapshot.progress, snapshot.running
     assert progress is not None and running is not None
-    times = series(snapshot.lines_of(running.name), "time/step")[-20:]
+    trained = [line for line in snapshot.lines_of(running.name) if line.step > 0]
+    times = series(trained, "time/step")[-20:]
     if not times:
         return ""
     steps_left = progress.steps - snapshot.recorded_steps
