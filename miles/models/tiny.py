@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 CONTEXT_LENGTH = 128
-HEAD_DIM = 32
+HEAD_DIM = 64
+"""SGLang's GPU kernels take no smaller one."""
+WIDTH_PER_HEAD = 32
 EXPERTS_PER_TOKEN = 2
 DEMONSTRATIONS = 4096
 
@@ -140,7 +142,7 @@ def build_model(step: TinyTaskStep, tokenizer: PreTrainedTokenizerFast, seed: in
     from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3Config, Qwen3MoeConfig
 
     _check_shape(step)
-    heads = step.hidden_size // HEAD_DIM
+    heads = step.hidden_size // WIDTH_PER_HEAD
     shape = {
         "vocab_size": -(-len(tokenizer) // 8) * 8,
         "hidden_size": step.hidden_size,
@@ -175,10 +177,10 @@ def build_model(step: TinyTaskStep, tokenizer: PreTrainedTokenizerFast, seed: in
 
 
 def _check_shape(step: TinyTaskStep) -> None:
-    if step.hidden_size % (2 * HEAD_DIM):
-        multiple = max(1, round(step.hidden_size / (2 * HEAD_DIM))) * 2 * HEAD_DIM
+    if step.hidden_size % (2 * WIDTH_PER_HEAD):
+        multiple = max(1, round(step.hidden_size / (2 * WIDTH_PER_HEAD))) * 2 * WIDTH_PER_HEAD
         raise ConfigError(
-            f"hidden_size = {step.hidden_size} is not a multiple of {2 * HEAD_DIM} (head pairs)",
+            f"hidden_size = {step.hidden_size} is not a multiple of {2 * WIDTH_PER_HEAD} (head pairs)",
             fix=f"set hidden_size = {multiple}",
         )
     if step.architecture == "qwen3-moe" and step.experts < EXPERTS_PER_TOKEN:
