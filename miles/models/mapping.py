@@ -313,11 +313,13 @@ def _parts(weight: Weight, shard: torch.Tensor, geometry: Geometry, size: int) -
 
 def check_layout(geometry: Geometry, *, tensor: int, pipeline: int, expert: int, world_size: int) -> None:
     """`ConfigError` where the model or the number of ranks does not divide by the parallel sizes."""
+    if expert > 1 and not geometry.experts:
+        raise ConfigError(f"train.expert_parallel_size = {expert}, but the model has no experts", fix="set it to 1")
     divisions = [
         ("tensor_parallel_size", tensor, "the model's key/value heads", geometry.kv_heads),
         ("tensor_parallel_size", tensor, "the model's intermediate_size", geometry.intermediate_size),
         ("pipeline_parallel_size", pipeline, "the model's layers", geometry.layers),
-        ("expert_parallel_size", expert, "the model's experts", geometry.experts or 1),
+        ("expert_parallel_size", expert, "the model's experts", geometry.experts),
         (
             "tensor_parallel_size x train.pipeline_parallel_size",
             tensor * pipeline,

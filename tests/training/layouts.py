@@ -34,14 +34,20 @@ class Case:
     expert: int = 1
     micro_batches: int = 2
     recompute: bool = False
+    balance: float = 0.0
+    """Coefficient of the routers' balancing loss; defined for one micro-batch on one data-parallel rank."""
     backend: Backend = Backend.MEGATRON
 
     def __str__(self) -> str:
         data = self.ranks // (self.tensor * self.pipeline)
         sizes = {"tp": self.tensor, "pp": self.pipeline, "ep": self.expert, "dp": data}
         layout = [f"{name}{size}" for name, size in sizes.items() if size > 1] or ["1 rank"]
-        recompute = ["recompute"] if self.recompute else []
-        return " ".join([self.model, *layout, f"{self.micro_batches} micro-batches", *recompute])
+        extras = ["recompute"] * self.recompute + ["balance"] * (self.balance > 0)
+        return " ".join([self.model, *layout, f"{self.micro_batches} micro-batches", *extras])
+
+    @property
+    def expected_file(self) -> str:
+        return f"{self.model} {self.balance}.pt"
 
     def section(self, **changes: Any) -> TrainSection:
         values: dict[str, Any] = {
@@ -52,6 +58,7 @@ class Case:
             "pipeline_parallel_size": self.pipeline,
             "expert_parallel_size": self.expert,
             "recompute": self.recompute,
+            "moe_aux_loss_coef": self.balance,
             "adam_beta1": reference.BETAS[0],
             "adam_beta2": reference.BETAS[1],
             "adam_eps": reference.ADAM_EPS,
@@ -140,9 +147,10 @@ def output_differences(
 
 def run_cases(cases: list[Case], root: Path) -> dict[Case, Agreement]:
     """Measure all cases in fresh processes, started once. The saved models stay under `root`."""
-    for name in {case.model for case in cases}:
-        model_dir = reference.build_model(name, root / name)
-        torch.save(reference.hugging_face(model_dir, reference.sequences()), root / f"{name}.pt")
+    for case in {case.expected_file: case for case in cases}.values():
+        model_dir = reference.build_model(case.model, root / case.model)
+        expected = reference.hugging_face(model_dir, reference.sequences(), case.balance)
+        torch.save(expected, root / case.expected_file)
     processes = max(case.ranks for case in cases)
     mp.start_processes(_process_main, (processes, cases, str(root)), nprocs=processes, start_method="spawn")
     parts = [torch.load(_results(root, process), weights_only=False) for process in range(processes)]
@@ -165,7 +173,7 @@ def _process_main(process: int, processes: int, cases: list[Case], root: str) ->
             continue
         rendezvous = f"file://{root}/rendezvous-{number}"
         dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=case.ranks)
-        expected = torch.load(directory / f"{case.model}.pt", weights_only=False)
+        expected = torch.load(directory / case.expected_file, weights_only=False)
         results[case] = measure(case, directory / case.model, expected, saved_model(directory, case))
         leave_process_group()
     torch.save(results, _results(directory, process))

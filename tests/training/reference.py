@@ -25,10 +25,12 @@ from transformers import (
 
 from miles.data.batch import MicroBatch, Sequence, pack
 from miles.training.backend import LossOutput, TokenOutputs
+from miles.training.fsdp.router import load_balancing_loss
 
 VOCAB = 131
 """Odd, so that a tensor-parallel vocabulary needs padding."""
-LENGTHS = (3, 17, 9, 23, 2, 12, 7, 20)
+LENGTHS = (3, 17, 9, 23, 2, 12, 7, 21)
+"""Even in total, odd in parts: sequence parallelism pads the parts only."""
 TEMPERATURE = 0.8
 LR = 1e-2
 ADAM_EPS = 1e-3
@@ -140,14 +142,19 @@ class Reference:
     """Weights after one and after two clipped AdamW steps on the same batch."""
 
 
-def hugging_face(directory: Path, rows: list[Sequence]) -> Reference:
-    """Log-probabilities, loss, gradients and two optimizer steps of the model in `directory`."""
+def hugging_face(directory: Path, rows: list[Sequence], balance: float = 0.0) -> Reference:
+    """Log-probabilities, loss, gradients and two optimizer steps of the model in `directory`.
+
+    `balance` is the coefficient of the routers' balancing loss of all rows together. It joins the gradient but not
+    the loss.
+    """
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="sdpa")
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=BETAS, eps=ADAM_EPS, weight_decay=0.0)
     outputs = [_token_outputs(model, row.tokens) for row in rows]
     parts = [loss(out, pack(rows, [i])) for i, out in enumerate(outputs)]
     torch.stack([part.loss for part in parts]).sum().backward()
+    _add_balance_gradient(model, rows, balance)
     gradients = dict(checkpoint_tensors((n, p.grad.clone()) for n, p in model.named_parameters()))
     updated = []
     grad_norms = []
@@ -155,6 +162,7 @@ def hugging_face(directory: Path, rows: list[Sequence]) -> Reference:
         optimizer.zero_grad()
         for i, row in enumerate(rows):
             loss(_token_outputs(model, row.tokens), pack(rows, [i])).loss.backward()
+        _add_balance_gradient(model, rows, balance)
         grad_norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_GRAD)))
         optimizer.step()
         updated.append(dict(checkpoint_tensors((n, p.detach().clone()) for n, p in model.named_parameters())))
@@ -175,6 +183,13 @@ def _token_outputs(model: PreTrainedModel, tokens: torch.Tensor) -> TokenOutputs
     entropy = -(log_softmax.exp() * log_softmax).sum(-1)
     start = log_probs.new_zeros(1)
     return TokenOutputs(torch.cat([start, log_probs]), torch.cat([start, entropy]))
+
+
+def _add_balance_gradient(model: PreTrainedModel, rows: list[Sequence], balance: float) -> None:
+    if balance:
+        routed = [model(row.tokens[None], output_router_logits=True).router_logits for row in rows]
+        layers = tuple(torch.cat(layer) for layer in zip(*routed, strict=True))
+        (balance * load_balancing_loss(layers, model.config.num_experts_per_tok)).backward()
 
 
 def checkpoint_tensors(named: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:

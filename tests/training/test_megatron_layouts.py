@@ -41,6 +41,7 @@ CASES = [
     Case("qwen3-moe", ranks=2),
     Case("qwen3-moe", ranks=2, tensor=2),
     Case("qwen3-moe", ranks=2, pipeline=2, micro_batches=4),
+    Case("qwen3-moe", ranks=2, tensor=2, micro_batches=1, balance=0.3),
     Case("qwen3-moe", ranks=2, expert=2),
     Case("qwen3-moe", ranks=2, tensor=2, expert=2, micro_batches=4, recompute=True),
     Case("qwen3-moe-mixed", ranks=2, expert=2),
