@@ -27,13 +27,14 @@ from miles.config.schema import ReportStep, RlStep, RunConfig, SftStep
 from miles.errors import MilesError, RunError
 from miles.reports.html import check_report
 from miles.runs.claim import Claim, Holder, current_holder, refuse_if_held
-from miles.runs.directory import create_run, run_directory, set_aside
+from miles.runs.directory import check_config, create_run, run_directory, set_aside
 from miles.runs.failures import FAILURE_VARIABLE, exit_with_failures, read_failure
 from miles.runs.files import disk_errors
 from miles.runs.paths import RunPaths
 from miles.runs.trackers import check_trackers
 from miles.workflow.kinds import processes_of
 from miles.workflow.plan import PlannedStep, plan_run
+from miles.workflow.preflight import check_inputs
 
 log = logging.getLogger(__name__)
 
@@ -62,12 +63,17 @@ class Prepared:
 def prepare_run(file: Path, overrides: list[str], *, fresh: bool) -> Prepared:
     """Load a run file and create or open its run directory, after everything that can be checked at once.
 
-    Raises ConfigError, and RunError when the run is in use, differs from the file, or cannot be written.
+    Raises ConfigError, DataError, and RunError when the run is in use, differs from the file, or cannot be written.
     """
     config = load_run(file, overrides)
     _check_packages(config)
     paths = run_directory(config)
     refuse_if_held(paths)
+    to_do = list(config.steps)
+    if paths.root.exists() and not fresh:
+        check_config(paths, config)
+        to_do = [planned.name for planned in plan_run(config, paths) if planned.done is None]
+    check_inputs(config, paths, to_do)
     aside = set_aside(paths) if fresh and paths.root.exists() else None
     return Prepared(create_run(config), aside)
 

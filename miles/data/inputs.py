@@ -7,13 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from miles.config.schema import DataSection, ModelSection
+from miles.config.schema import DataSection, ModelSection, SftStep
+from miles.data.prompts import load_demonstrations
 from miles.data.template import end_token_ids, load_tokenizer
 from miles.errors import DataError
 from miles.runs.paths import RunPaths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from miles.data.batch import Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,3 +54,15 @@ def open_model(model: ModelSection, paths: RunPaths) -> ModelInput:
 def resolved(data: DataSection, paths: RunPaths) -> DataSection:
     """The section with its path resolved to a file."""
     return data.model_copy(update={"path": str(paths.resolve(data.path))})
+
+
+def open_demonstrations(step: SftStep, paths: RunPaths) -> tuple[ModelInput, list[Sequence]]:
+    """The model and the training rows of a supervised step. Raises DataError."""
+    model = open_model(step.model, paths)
+    rows = load_demonstrations(
+        resolved(step.data, paths),
+        model.tokenizer,
+        max_tokens=min(model.context_length, step.train.max_tokens_per_micro_batch),
+        end_tokens=model.end_tokens,
+    )
+    return model, rows

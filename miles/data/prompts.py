@@ -36,11 +36,7 @@ def load_prompts(data: DataSection, tokenizer: PreTrainedTokenizerBase, *, max_p
     longer prompt is an error, or left out with a warning (`data.too_long`). Raises DataError.
     """
     renderer = Renderer(data, tokenizer)
-    rows = read_rows(Path(data.path))
-    require_column(rows, data.prompt, "data.prompt")
-    if "label" in data.model_fields_set or has_column(rows, data.label):
-        require_column(rows, data.label, "data.label")
-    ids = _prompt_ids(rows, data.id)
+    rows, ids = read_prompt_rows(data)
     texts = [renderer.prompt(row.values[data.prompt], row.place) for row in rows]
     prompts = [
         Prompt(id, tokens, text, row.values.get(data.label), _metadata(row, data.metadata))
@@ -48,6 +44,15 @@ def load_prompts(data: DataSection, tokenizer: PreTrainedTokenizerBase, *, max_p
     ]
     bound = min(max_prompt_tokens, data.max_prompt_tokens or max_prompt_tokens)
     return _within_bound(data, "prompt", rows, prompts, lambda prompt: len(prompt.tokens), bound)
+
+
+def read_prompt_rows(data: DataSection) -> tuple[list[Row], list[str]]:
+    """The rows of `data.path`, with every column that prompts need, and their unique ids. Raises DataError."""
+    rows = read_rows(Path(data.path))
+    require_column(rows, data.prompt, "data.prompt")
+    if "label" in data.model_fields_set or has_column(rows, data.label):
+        require_column(rows, data.label, "data.label")
+    return rows, _prompt_ids(rows, data.id)
 
 
 def load_demonstrations(
@@ -60,9 +65,7 @@ def load_demonstrations(
     equals the loss mask: who builds a batch scales it to the batch's aggregation.
     """
     renderer = Renderer(data, tokenizer)
-    rows = read_rows(Path(data.path))
-    require_column(rows, data.prompt, "data.prompt")
-    require_column(rows, data.response, "data.response")
+    rows = read_demonstration_rows(data)
     prompts = [renderer.prompt(row.values[data.prompt], row.place) for row in rows]
     responses = [
         renderer.response(row.values[data.prompt], _response(row, data.response), prompt, row.place)
@@ -75,6 +78,14 @@ def load_demonstrations(
         for prompt, response in zip(renderer.encode(prompts), response_tokens, strict=True)
     ]
     return _within_bound(data, "demonstration", rows, sequences, len, max_tokens)
+
+
+def read_demonstration_rows(data: DataSection) -> list[Row]:
+    """The rows of `data.path`, with every column that demonstrations need. Raises DataError."""
+    rows = read_rows(Path(data.path))
+    require_column(rows, data.prompt, "data.prompt")
+    require_column(rows, data.response, "data.response")
+    return rows
 
 
 def _prompt_ids(rows: list[Row], column: str) -> list[str]:

@@ -70,6 +70,17 @@ class CheckpointReader:
         tensor: torch.Tensor = stored[part]
         return tensor
 
+    def check(self) -> None:
+        """Open every file, reading no tensor; `DataError` for one that cannot be read or lacks a tensor."""
+        for file in sorted(set(self._file_of.values())):
+            present = set(self._open(file).keys())
+            missing = sorted(name for name, where in self._file_of.items() if where == file and name not in present)
+            if missing:
+                raise DataError(
+                    f"{self.directory / file} has no weight {missing[0]!r}, which {INDEX} says is there",
+                    fix="copy the model again: its files belong to different models",
+                )
+
     def _open(self, file: str) -> Any:
         if file not in self._files:
             try:
@@ -77,6 +88,12 @@ class CheckpointReader:
             except (OSError, SafetensorError) as error:
                 raise DataError(f"cannot read {self.directory / file}: {error}", fix="copy the file again") from error
         return self._files[file]
+
+
+def check_weights(directory: Path) -> None:
+    """Raise DataError where a weight file is missing, cut off or damaged, or lacks tensors that the index promises."""
+    with CheckpointReader(directory) as reader:
+        reader.check()
 
 
 def _weight_map(directory: Path) -> dict[str, str]:

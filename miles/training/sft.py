@@ -8,10 +8,9 @@ from miles.algorithms.aggregation import token_weights
 from miles.algorithms.losses import perplexity, sft_loss, token_means
 from miles.config.schema import Aggregation, SftStep
 from miles.data.batch import Sequence
-from miles.data.inputs import open_model, resolved
+from miles.data.inputs import open_demonstrations
 from miles.data.order import prompts_of_step
 from miles.data.packing import rank_micro_batches
-from miles.data.prompts import load_demonstrations
 from miles.errors import Interrupted
 from miles.training.context import Context, build_trainer
 from miles.training.output import write_model
@@ -23,13 +22,7 @@ from miles.training.stopwatch import Stopwatch
 def train_supervised(context: Context, step: SftStep) -> None:
     """Run the step; every rank calls it. Each rank reads the data itself: the order is a pure function."""
     train = step.train
-    model = open_model(step.model, context.paths)
-    rows = load_demonstrations(
-        resolved(step.data, context.paths),
-        model.tokenizer,
-        max_tokens=min(model.context_length, train.max_tokens_per_micro_batch),
-        end_tokens=model.end_tokens,
-    )
+    model, rows = open_demonstrations(step, context.paths)
     trainer = build_trainer(model.directory, train, context.seed)
     recorder = Recorder(context, kind=step.kind, steps=train.steps, tracking=step.tracking)
     watch = Stopwatch()
