@@ -49,6 +49,10 @@ class EngineError(MilesError):
     exit_code = 5
 
 
+class UnknownRouteError(EngineError):
+    """An engine of another version does not know an HTTP route."""
+
+
 class TrainerError(MilesError):
     """A trainer rank failed."""
 

@@ -65,7 +65,9 @@ def _redact(token: str) -> None:
 
     def record(*args: Any, **kwargs: Any) -> logging.LogRecord:
         made = make_record(*args, **kwargs)
-        made.msg, made.args = made.getMessage().replace(token, "[token]"), None
+        message = made.getMessage()
+        if token in message:
+            made.msg, made.args = message.replace(token, "[token]"), None
         return made
 
     logging.setLogRecordFactory(record)

@@ -18,7 +18,7 @@ from typing import Any
 import aiohttp
 
 from miles.config.schema import RolloutSection
-from miles.errors import EngineError
+from miles.errors import EngineError, UnknownRouteError
 from miles.rollout.answers import ExpertShape, Generation, read_generation
 
 log = logging.getLogger(__name__)
@@ -202,6 +202,8 @@ class EngineClient:
             raise UnavailableError(f"{type(error).__name__}: {error}") from error
         if response.status >= 500:
             raise UnavailableError(f"answered {response.status}: {_error_message(text)}")
+        if response.status == 404:
+            raise UnknownRouteError(f"engine {url} answered 404: it does not know this route")
         if response.status >= 400:
             raise EngineError(f"engine {url} answered {response.status}: {_error_message(text)}")
         return _decoded(text)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from miles.errors import EngineError
+from miles.errors import EngineError, UnknownRouteError
 from miles.sync.checksum import checksum
 from miles.sync.wire import Bucket, NamedTensors
 
@@ -52,7 +52,7 @@ class WeightSync:
         start = time.perf_counter()
         checksums: dict[str, str] = {}
         tensors = total = 0
-        self._send("/begin_weight_update", {})
+        bracketed = self._begin()
         for named, last in _with_last(_buckets(self._cast(weights), self._bucket_bytes)):
             bucket = Bucket(named)
             tensors += len(named)
@@ -60,9 +60,18 @@ class WeightSync:
             if self._verify and self._post is not None:
                 checksums.update({name: checksum(tensor) for name, tensor in named})
             self._send_bucket(bucket, version, flush_cache=last)
-        self._send("/end_weight_update", {})
+        if bracketed:
+            self._send("/end_weight_update", {})
         self._check(checksums)
         return SyncStats(tensors=tensors, bytes=total, seconds=time.perf_counter() - start)
+
+    def _begin(self) -> bool:
+        """Announce the update; False where the engines, SGLang before 0.5.23, need no announcement."""
+        try:
+            self._send("/begin_weight_update", {})
+        except UnknownRouteError:
+            return False
+        return True
 
     def _cast(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in weights:

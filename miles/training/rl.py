@@ -158,9 +158,12 @@ class ReinforcementLearning:
         self._recorder.metrics(step, self._take_values())
 
     def finish(self) -> None:
-        """Write the trained model and end the connections."""
+        """Write the trained model."""
         self._recorder.progress(self.steps, "save")
         write_model(self._trainer, self._context.output)
+
+    def close(self) -> None:
+        """End trackers and connections, whatever happened before."""
         self._recorder.close()
         if self._session is not None:
             self._session.close()

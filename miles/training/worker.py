@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from contextlib import closing
 from pathlib import Path
 
 from miles.config.load import load_resolved
@@ -52,7 +53,8 @@ def run_step(context: Context, step: object) -> None:
             from miles.training.loop import train
             from miles.training.rl import ReinforcementLearning
 
-            train(ReinforcementLearning(context, step))
+            with closing(ReinforcementLearning(context, step)) as run:
+                train(run)
         case EvalStep():
             from miles.training.evaluation import evaluate_step
 
