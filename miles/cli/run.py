@@ -30,7 +30,8 @@ def watch(run: RunArgument = None) -> None:
 
     paths = find_run(run)
     console = stdout()
-    watch_run(paths, console, running=lambda: current_holder(paths) is not None, on_interrupt=lambda: False)
+    with contextlib.suppress(KeyboardInterrupt):
+        watch_run(paths, console, running=lambda: current_holder(paths) is not None)
     name = run_argument(paths.root)
     if current_holder(paths) is not None:
         print_next(console, (f"miles watch {name}", "the run goes on: look again"), (f"miles stop {name}", "stop it"))

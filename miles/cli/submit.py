@@ -41,6 +41,7 @@ def submit(
             fix=f"`miles submit {file} --local` runs it on this machine",
         )
     from miles.cluster.local import prepare_run, start_driver
+    from miles.reports.watch import watch_run
 
     console = stdout()
     prepared = prepare_run(file, set_ or [], fresh=fresh)
@@ -58,25 +59,32 @@ def submit(
             (f"miles stop {name}", "stop it"),
         )
         return
-    _follow(prepared.paths, driver, console)
+    watch_run(prepared.paths, console, running=_StopOnSignal(driver, console).running)
     _finish(prepared.paths, driver, console, file)
 
 
-def _follow(paths: RunPaths, driver: Driver, console: Console) -> None:
-    """Show the run until its driver has ended. Ctrl-C, and whatever ends this process, stops the run."""
-    from miles.reports.watch import watch_run
+class _StopOnSignal:
+    """Ctrl-C, and whatever else ends this process, asks the driver to stop; the view goes on until it has."""
 
-    def on_interrupt() -> bool:
-        driver.stop()
-        console.print("stopping at the next boundary; Ctrl-C again ends everything at once", style="yellow")
-        return True
+    def __init__(self, driver: Driver, console: Console) -> None:
+        self._driver = driver
+        self._console = console
+        self._asked = False
+        self._said = False
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._ask)
 
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        driver.stop()
+    def running(self) -> bool:
+        """Whether the driver runs; says once that it was asked to stop."""
+        if self._asked and not self._said:
+            self._said = True
+            message = "stopping at the next boundary; Ctrl-C again ends everything at once"
+            self._console.print(message, style="yellow")
+        return self._driver.running()
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, on_signal)
-    watch_run(paths, console, running=driver.running, on_interrupt=on_interrupt)
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True
+        self._driver.stop()
 
 
 def _finish(paths: RunPaths, driver: Driver, console: Console, file: Path) -> None:

@@ -125,6 +125,8 @@ class Driver:
         code = self._process.wait()
         if code == 0:
             return None
+        if code == -signal.SIGTERM:
+            return interrupted("the run was stopped before it began", self._paths)
         return read_failure(self._paths.driver_failure) or RunError(
             f"the process that ran the steps ended with exit code {code} and left no word",
             fix=f"read {self._paths.driver_log}",

@@ -120,10 +120,8 @@ class Supervision:
 
     def run(self) -> None:
         """Start everything; return when all ranks have ended well, else raise what ended the step."""
-        ports = choose_ports(self._processes.engines + 1, seed=os.getpid())
-        self._start_engines(ports[1:])
-        self._wait_for_engines(ports[1:])
-        self._start_ranks(ports[0], [f"http://{LOOPBACK}:{port}" for port in ports[1:]])
+        ports = self._start_engines()
+        self._start_ranks([f"http://{LOOPBACK}:{port}" for port in ports])
         while not self._finished():
             if self._stop.requested:
                 terminate(self._ranks, grace=RANK_GRACE_SECONDS, hurry=self._in_a_hurry)

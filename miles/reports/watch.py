@@ -21,19 +21,12 @@ _REFRESH_SECONDS = 0.5
 _PLAIN_SECONDS = 2.0
 
 
-def watch_run(
-    paths: RunPaths,
-    console: Console,
-    *,
-    running: Callable[[], bool],
-    on_interrupt: Callable[[], bool],
-) -> None:
-    """Show a run while `running()`, and once more when it has ended.
-
-    `on_interrupt` is called at Ctrl-C; the view goes on when it returns true and ends when it returns false.
-    """
-    follow = _follow_live if console.is_terminal else _follow_plain
-    follow(paths, console, _until_interrupted(running, on_interrupt))
+def watch_run(paths: RunPaths, console: Console, *, running: Callable[[], bool]) -> None:
+    """Show a run while `running()`, and once more when it has ended."""
+    if console.is_terminal:
+        _follow_live(paths, console, running)
+    else:
+        _follow_plain(paths, console, running)
 
 
 def print_summary(paths: RunPaths, console: Console) -> None:
@@ -50,39 +43,24 @@ def print_summary(paths: RunPaths, console: Console) -> None:
         console.print(f"report: {paths.report}", soft_wrap=True)
 
 
-def _until_interrupted(
-    running: Callable[[], bool], on_interrupt: Callable[[], bool]
-) -> Callable[[float], bool]:
-    """A pause that says whether to go on showing the run."""
-
-    def go_on(seconds: float) -> bool:
-        try:
-            if not running():
-                return False
-            time.sleep(seconds)
-        except KeyboardInterrupt:
-            return on_interrupt()
-        return True
-
-    return go_on
-
-
-def _follow_live(paths: RunPaths, console: Console, go_on: Callable[[float], bool]) -> None:
+def _follow_live(paths: RunPaths, console: Console, running: Callable[[], bool]) -> None:
     with Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
 
         def draw() -> None:
             live.update(run_view(take_snapshot(paths), width=console.width), refresh=True)
 
         draw()
-        while go_on(_REFRESH_SECONDS):
+        while running():
+            time.sleep(_REFRESH_SECONDS)
             draw()
         draw()
 
 
-def _follow_plain(paths: RunPaths, console: Console, go_on: Callable[[float], bool]) -> None:
+def _follow_plain(paths: RunPaths, console: Console, running: Callable[[], bool]) -> None:
     log = _PlainLog(console)
     log.write(take_snapshot(paths))
-    while go_on(_PLAIN_SECONDS):
+    while running():
+        time.sleep(_PLAIN_SECONDS)
         log.write(take_snapshot(paths))
     log.write(take_snapshot(paths))
 

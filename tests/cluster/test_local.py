@@ -8,7 +8,7 @@ import pytest
 
 from miles.cluster.local import prepare_run, start_driver, stop_run
 from miles.config.load import load_resolved
-from miles.errors import ConfigError, RunError
+from miles.errors import ConfigError, Interrupted, RunError
 from miles.runs.claim import Claim
 from tests.cluster.helpers import gone
 
@@ -65,6 +65,12 @@ def test_driver_that_was_killed_is_an_error_that_names_its_log(file: Path) -> No
     assert "exit code -9" in failure.message
     assert str(paths.driver_log) in str(failure.fix)
     assert gone(driver.pid)
+
+
+def test_driver_that_is_stopped_at_once_is_no_fault(file: Path) -> None:
+    driver = start_driver(prepare_run(file, [], fresh=False).paths)
+    driver.stop()
+    assert isinstance(driver.failure(), Interrupted)
 
 
 def test_run_that_nobody_drives_cannot_be_stopped(file: Path) -> None:

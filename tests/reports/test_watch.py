@@ -54,7 +54,7 @@ def _watch(paths: RunPaths, console: Console) -> None:
         return act is not None
 
     with Claim.acquire(paths):
-        watch_run(paths, console, running=running, on_interrupt=lambda: False)
+        watch_run(paths, console, running=running)
 
 
 def test_plain_output_has_one_line_per_event(paths: RunPaths) -> None:
@@ -75,20 +75,6 @@ def test_live_view_ends_with_the_final_state(paths: RunPaths) -> None:
     final = output.getvalue()[-1500:]
     assert "✓  train" in final
     assert "held-out pass@1 0.250 → 0.500" in final
-
-
-@pytest.mark.parametrize(("go_on", "looks"), [(False, 1), (True, 2)])
-def test_ctrl_c_asks_what_to_do(paths: RunPaths, go_on: bool, looks: int) -> None:
-    asked = []
-
-    def running() -> bool:
-        asked.append("look")
-        if len(asked) == 1:
-            raise KeyboardInterrupt
-        return False
-
-    watch_run(paths, Console(file=io.StringIO()), running=running, on_interrupt=lambda: go_on)
-    assert len(asked) == looks
 
 
 def test_summary_names_scores_and_report(paths: RunPaths) -> None:
