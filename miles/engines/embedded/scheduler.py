@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from miles.engines.embedded.attention import Segment
 from miles.engines.embedded.model import PassResult, Runner
 from miles.engines.embedded.request import ABORTED, Request, answer, finish_reason
-from miles.engines.embedded.sampling import draw
+from miles.engines.embedded.sampling import draw, log_probs_of
 from miles.engines.embedded.weights import CheckpointWeights, WeightUpdateError
 from miles.errors import EngineError
 
@@ -226,7 +226,7 @@ class Scheduler:
             return
         first = next(iter(_asked(request, segment))) + segment.start + 1
         targets = torch.tensor(request.prompt[first : first + len(logits)])
-        log_probs = logits.float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
+        log_probs = log_probs_of(logits.float(), targets)
         request.prompt_log_probs += log_probs.tolist()
 
     def _remove_finished(self) -> None:
