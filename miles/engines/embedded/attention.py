@@ -23,12 +23,11 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface
 
+from miles.engines.embedded.rounding import MIN_ROWS
 from miles.errors import EngineError
 
 NAME = "miles_slots"
 """Name of the attention in transformers' registry."""
-MIN_ROWS = 4
-"""Matrix kernels take another path, with other rounding, below four rows."""
 FIRST_KEYS = 64
 """Smallest number of keys that is read, see `keys_read`."""
 UNSUPPORTED = ("softcap", "s_aux", "position_bias")
@@ -243,16 +242,14 @@ def _attend(
     # The query heads that share a key-value head become further rows of one product.
     repeat = heads // kv_heads
     rows = queries.index_select(0, group.tokens).view(segments, width, kv_heads, repeat, -1).permute(0, 2, 3, 1, 4)
-    attended = F.scaled_dot_product_attention(
-        rows.reshape(segments, kv_heads, repeat * width, -1),
-        keys,
-        values,
-        attn_mask=group.mask(window, repeat, queries.dtype),
-        scale=scaling,
-    )
-    return (
-        attended.view(segments, kv_heads, repeat, width, -1).permute(0, 3, 1, 2, 4).reshape(-1, heads, values.shape[-1])
-    )
+    rows = rows.reshape(segments, kv_heads, repeat * width, -1)
+    if segments * kv_heads == 1:
+        # The threads would share the rows of a single product, and get too few each; of two products each gets one.
+        rows, keys, values = (tensor.expand(2, -1, -1, -1) for tensor in (rows, keys, values))
+    mask = group.mask(window, repeat, queries.dtype)
+    attended = F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=scaling)[:segments]
+    attended = attended.view(segments, kv_heads, repeat, width, -1).permute(0, 3, 1, 2, 4)
+    return attended.reshape(segments * width, heads, -1)
 
 
 AttentionInterface.register(NAME, slot_attention)

@@ -17,10 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from miles.engines.embedded import attention, experts
 from miles.engines.embedded.attention import Segment, SlotCache, plan_attention
+from miles.engines.embedded.rounding import row_multiple
 from miles.errors import EngineError
-
-PASS_ROWS = 16
-"""A pass is padded to a multiple of that many tokens: matrix kernels then round every row alike."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +59,10 @@ class Runner:
         """Run `tokens` (those of `segments`, packed) and return the logits that follow each token index in `asked`."""
         plan = plan_attention(segments, self.cache, self._repeat)
         total = len(tokens)
-        padding = -total % PASS_ROWS
+        multiple = row_multiple()
+        padding = -total % multiple
         last = asked[-1] if asked else total - 1
-        kept = [*asked, *[last] * (-len(asked) % PASS_ROWS)] or [last]
+        kept = [*asked, *[last] * (-len(asked) % multiple)] or [last]
         output = self.model(
             input_ids=torch.tensor([[*tokens, *[0] * padding]]),
             position_ids=torch.cat([plan.positions, torch.zeros(padding, dtype=torch.long)])[None],
