@@ -96,6 +96,7 @@ def start(command: Command, paths: RunPaths, attempt: int) -> Child:
     logs = paths.logs(attempt)
     stem = f"{command.role}-{socket.gethostname()}-{command.index}"
     log, failure = logs / f"{stem}.log", logs / f"{stem}.failure.json"
+    failure.unlink(missing_ok=True)
     environment = os.environ | {"PYTHONUNBUFFERED": "1", FAILURE_VARIABLE: str(failure)} | command.environment
     with log.open("ab") as output:
         process = subprocess.Popen(

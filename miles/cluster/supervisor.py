@@ -18,7 +18,7 @@ from pathlib import Path
 
 from miles.cluster.cpu import available_cores, cpu_environment, rank_environment
 from miles.cluster.health import wait_until_ready
-from miles.cluster.ports import LOOPBACK, choose_ports
+from miles.cluster.ports import LOOPBACK, choose_ports, is_free
 from miles.cluster.processes import POLL_SECONDS, Child, Command, first_dead, start, terminate
 from miles.cluster.signals import StopSignal
 from miles.config.load import load_resolved
@@ -37,6 +37,9 @@ RANK_GRACE_SECONDS = 120.0
 """How long ranks may take to reach a boundary after they were asked to stop."""
 END_GRACE_SECONDS = 10.0
 """How long any process may take to end when there is nothing left to wait for."""
+
+PORT_TRIES = 3
+"""How often engines are started because another program took a port of theirs."""
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +144,31 @@ class Supervision:
     def _in_a_hurry(self) -> bool:
         return self._stop.urgent
 
-    def _start_engines(self, ports: list[int]) -> None:
+    def _start_engines(self, tries: int = PORT_TRIES) -> list[int]:
+        """Start the engines and wait until they answer; returns their ports.
+
+        Between the choice of a port and the engine's start another program may take it: then all start on others.
+        """
+        ports = choose_ports(self._processes.engines, seed=os.getpid() + tries)
+        self._launch_engines(ports)
+        try:
+            self._wait_for_engines(ports)
+        except EngineError:
+            if tries == 1 or not self._lost_a_port(ports):
+                raise
+        else:
+            return ports
+        log.warning("step %s: another program took a port of the engines; they start again on others", self._name)
+        terminate(self._engines, grace=END_GRACE_SECONDS, hurry=self._in_a_hurry)
+        self._engines.clear()
+        return self._start_engines(tries - 1)
+
+    def _lost_a_port(self, ports: list[int]) -> bool:
+        """Whether an engine has ended and somebody listens on its port."""
+        pairs = zip(self._engines, ports, strict=True)
+        return any(engine.exit_code() is not None and not is_free(port) for engine, port in pairs)
+
+    def _launch_engines(self, ports: list[int]) -> None:
         environment = cpu_environment(
             threads=self._processes.local.threads, processes=max(1, len(ports)), cores=available_cores()
         )
@@ -150,7 +177,8 @@ class Supervision:
             command = Command("engine", index, self._processes.engine_module, arguments, environment)
             self._start_into(self._engines, command)
 
-    def _start_ranks(self, port: int, engine_urls: list[str]) -> None:
+    def _start_ranks(self, engine_urls: list[str]) -> None:
+        (port,) = choose_ports(1, seed=os.getpid())
         count = self._processes.ranks
         environment = cpu_environment(
             threads=self._processes.local.threads, processes=count, cores=available_cores()
