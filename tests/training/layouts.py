@@ -6,10 +6,11 @@ are read off an AdamW step whose epsilon and learning rate are both `PROBE`: wit
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import reference
 import torch
@@ -37,12 +38,16 @@ class Case:
     balance: float = 0.0
     """Coefficient of the routers' balancing loss; defined for one micro-batch on one data-parallel rank."""
     backend: Backend = Backend.MEGATRON
+    dtype: Dtype = Dtype.FLOAT32
+    device: Literal["cpu", "cuda"] = "cpu"
+    """On `cuda`, rank r takes GPU r and speaks NCCL."""
 
     def __str__(self) -> str:
         data = self.ranks // (self.tensor * self.pipeline)
         sizes = {"tp": self.tensor, "pp": self.pipeline, "ep": self.expert, "dp": data}
         layout = [f"{name}{size}" for name, size in sizes.items() if size > 1] or ["1 rank"]
         extras = ["recompute"] * self.recompute + ["balance"] * (self.balance > 0)
+        extras += ["bfloat16"] * (self.dtype is Dtype.BFLOAT16)
         return " ".join([self.model, *layout, f"{self.micro_batches} micro-batches", *extras])
 
     @property
@@ -52,8 +57,8 @@ class Case:
     def section(self, **changes: Any) -> TrainSection:
         values: dict[str, Any] = {
             "backend": self.backend,
-            "device": "cpu",
-            "dtype": Dtype.FLOAT32,
+            "device": self.device,
+            "dtype": self.dtype,
             "tensor_parallel_size": self.tensor,
             "pipeline_parallel_size": self.pipeline,
             "expert_parallel_size": self.expert,
@@ -116,8 +121,8 @@ def measure(case: Case, model_dir: Path, expected: reference.Reference, scratch:
         gradients=reference.largest_difference(gradients, expected.gradients)[0],
         grad_norm=abs(stats.grad_norm / expected.grad_norm - 1),
         updated_weights=max(updated),
-        exported_weights=reference.largest_difference(before, load_file(model_dir / "model.safetensors"))[0],
-        saved_weights=reference.largest_difference(weights(trained), load_file(scratch / "model.safetensors"))[0],
+        exported_weights=reference.largest_difference(before, stored(model_dir, before))[0],
+        saved_weights=reference.largest_difference(weights(trained), stored(scratch, before))[0],
     )
 
 
@@ -131,6 +136,11 @@ def build(case: Case, model_dir: Path, **changes: Any) -> TrainerBackend:
     return FsdpBackend(model_dir, case.section(**changes), seed=0)
 
 
+def stored(model_dir: Path, like: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a model's file, rounded to the dtypes of `like`."""
+    return {name: value.to(like[name].dtype) for name, value in load_file(model_dir / "model.safetensors").items()}
+
+
 def weights(backend: TrainerBackend) -> dict[str, torch.Tensor]:
     return {name: value.detach().cpu().clone() for name, value in backend.named_weights()}
 
@@ -139,7 +149,7 @@ def output_differences(
     indices: list[int], lengths: list[int], found: TokenOutputs, expected: reference.Reference
 ) -> Iterator[tuple[float, float]]:
     """Of log-probabilities and entropy, for each sequence."""
-    parts = zip(found.log_probs.split(lengths), found.entropy.split(lengths), strict=True)
+    parts = zip(found.log_probs.cpu().split(lengths), found.entropy.cpu().split(lengths), strict=True)
     for index, (log_probs, entropy) in zip(indices, parts, strict=True):
         wanted = expected.outputs[index]
         yield float((log_probs - wanted.log_probs).abs().max()), float((entropy - wanted.entropy).abs().max())
@@ -171,12 +181,19 @@ def _process_main(process: int, processes: int, cases: list[Case], root: str) ->
         rank = process - number % (processes // case.ranks) * case.ranks
         if not 0 <= rank < case.ranks:
             continue
-        rendezvous = f"file://{root}/rendezvous-{number}"
-        dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=case.ranks)
+        enter_process_group(case, rank, f"file://{root}/rendezvous-{number}")
         expected = torch.load(directory / case.expected_file, weights_only=False)
         results[case] = measure(case, directory / case.model, expected, saved_model(directory, case))
         leave_process_group()
     torch.save(results, _results(directory, process))
+
+
+def enter_process_group(case: Case, rank: int, rendezvous: str) -> None:
+    if case.device == "cuda":
+        os.environ["LOCAL_RANK"] = str(rank)
+        torch.cuda.set_device(rank)
+    backend = "gloo" if case.device == "cpu" else "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, init_method=rendezvous, rank=rank, world_size=case.ranks)
 
 
 def leave_process_group() -> None:

@@ -118,11 +118,11 @@ def transformer_config(
         # Gradients are summed over micro-batches and ranks, not averaged: the loss weights are global.
         calculate_per_token_loss=True,
         **(recompute if train.recompute else {}),
-        **(_moe_arguments(geometry, train, fused) if geometry.experts else {}),
+        **(_moe_arguments(geometry, train, dtype, fused) if geometry.experts else {}),
     )
 
 
-def _moe_arguments(geometry: Geometry, train: TrainSection, fused: bool) -> dict[str, Any]:
+def _moe_arguments(geometry: Geometry, train: TrainSection, dtype: torch.dtype, fused: bool) -> dict[str, Any]:
     return {
         "num_moe_experts": geometry.experts,
         "moe_layer_freq": [int(sparse) for sparse in geometry.sparse_layers],
@@ -130,7 +130,8 @@ def _moe_arguments(geometry: Geometry, train: TrainSection, fused: bool) -> dict
         "moe_router_topk": geometry.experts_per_token,
         # Softmax over the chosen experts equals softmax over all, chosen and normalized to sum 1.
         "moe_router_pre_softmax": not geometry.normalize_expert_weights,
-        "moe_router_dtype": "fp32",
+        # Transformer Engine would round a float32 router's inputs to TF32, and a rounding can choose another expert.
+        "moe_router_dtype": "fp64" if dtype is torch.float32 else "fp32",
         "moe_router_load_balancing_type": "aux_loss" if train.moe_aux_loss_coef else "none",
         "moe_aux_loss_coeff": train.moe_aux_loss_coef,
         "moe_grouped_gemm": fused,
