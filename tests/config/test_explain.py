@@ -10,8 +10,9 @@ import pytest
 
 from miles.config.explain import explain, reference_markdown
 from miles.config.fields import SECTIONS, STEP_KINDS, all_keys, section_type
+from miles.config.files import preset_names
 from miles.config.load import load_run
-from miles.config.template import LIVE, commented_config
+from miles.config.template import EXAMPLES, LIVE, commented_config
 from miles.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -83,9 +84,17 @@ def test_the_file_that_init_writes_loads(folder: Path, write: Callable[..., Path
 
 def test_the_file_that_init_writes_shows_every_key_of_every_section() -> None:
     text = commented_config()
-    shown = [key for key in all_keys() if key.home in SECTIONS and key.home not in ("model", "data")]
+    shown = [key for key in all_keys() if key.home in SECTIONS and key.home != "model"]
     assert [key.name for key in shown if f"{key.last} = " not in text] == []
-    assert set(LIVE) <= {key.name for key in shown}
+    assert set(LIVE) | set(EXAMPLES) <= {key.name for key in shown}
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_the_file_that_init_writes_undoes_no_preset(folder: Path, write: Callable[..., Path], preset: str) -> None:
+    text = commented_config("first", "hf", "prompts.jsonl")
+    start = f'extends = "preset:{preset}"\n'
+    short = write(start + 'name = "first"\nmodel = "hf"\ndata = "prompts.jsonl"')
+    assert load_run(write(start + text)) == load_run(short)
 
 
 def test_comments_of_the_file_that_init_writes_are_toml_too() -> None:
