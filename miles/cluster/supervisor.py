@@ -128,10 +128,11 @@ class Supervision:
         while not self._finished():
             if self._stop.requested:
                 terminate(self._ranks, grace=RANK_GRACE_SECONDS, hurry=self._in_a_hurry)
-                if self._finished():
-                    return
-            self._check()
-            time.sleep(POLL_SECONDS)
+                if not self._finished():
+                    raise self._interrupted()
+            else:
+                self._check_processes()
+                time.sleep(POLL_SECONDS)
 
     def end(self) -> None:
         """End every process that is left."""
@@ -199,7 +200,7 @@ class Supervision:
     def _wait_for_engines(self, ports: list[int]) -> None:
         timeout = self._processes.startup_timeout
         token = self._paths.engine_token.read_text().strip()
-        late = wait_until_ready(ports, token, timeout=timeout, interrupted=self._check)
+        late = wait_until_ready(ports, token, timeout=timeout, interrupted=self._check_start)
         if late:
             child = self._engines[ports.index(late[0])]
             raise EngineError(
@@ -207,10 +208,17 @@ class Supervision:
                 fix="raise engine.startup_timeout if it was still loading",
             )
 
-    def _check(self) -> None:
-        """Raise when the step is asked to stop or one of its processes has ended badly."""
+    def _interrupted(self) -> Interrupted:
+        return interrupted(f"step '{self._name}' was stopped", self._paths)
+
+    def _check_start(self) -> None:
+        """Raise when the step is asked to stop before its ranks run, or an engine has ended."""
         if self._stop.requested:
-            raise interrupted(f"step '{self._name}' was stopped", self._paths)
+            raise self._interrupted()
+        self._check_processes()
+
+    def _check_processes(self) -> None:
+        """Raise when an engine has ended, or a rank has ended badly."""
         dead = first_dead(self._engines)
         if dead is not None:
             raise dead.failure() or EngineError(_death(dead), fix=self._fix(dead))
