@@ -1,7 +1,7 @@
 """The megatron backend on 1, 2 and 4 gloo ranks against plain Hugging Face: same weights and batch, in float32.
 
-Measured over all cases: log-probabilities and entropy 1.5e-6, loss 3e-7, gradients 4e-7, weights after two updates
-3e-7. The tolerances leave ten times that to other machines.
+Measured over all cases: log-probabilities and entropy 1.5e-6, loss 2e-7, gradients 8e-7, gradient norm 1e-7, weights
+after two updates 3e-7. The tolerances leave six times that and more to other machines.
 """
 
 from pathlib import Path
@@ -63,7 +63,7 @@ def test_agrees_with_hugging_face(case: Case, run: tuple[Path, dict[Case, Agreem
     assert {name: value for name, value in found.items() if not value <= vars(TOLERANCE)[name]} == {}
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.ranks > 1][::3], ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if case.ranks > 1 and not case.balance][::3], ids=str)
 def test_saved_model_opens_and_computes_the_same_logits(case: Case, run: tuple[Path, dict[Case, Agreement]]) -> None:
     alone = next(other for other in CASES if other.model == case.model)
     tokens = torch.arange(20)[None]

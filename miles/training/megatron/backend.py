@@ -55,7 +55,10 @@ class MegatronBackend:
     device: torch.device
 
     def __init__(self, model_dir: Path, train: TrainSection, seed: int) -> None:
-        """Load the Hugging Face model in `model_dir`. Collective; the default process group must exist."""
+        """Load the Hugging Face model in `model_dir`. Collective; the default process group must exist.
+
+        `seed` is for megatron-core's generators, which these models (no dropout, weights from files) never draw from.
+        """
         self.device = choose_device(train.device)
         self._model_dir = model_dir
         self._train = train
@@ -107,8 +110,8 @@ class MegatronBackend:
     ) -> UpdateStats:
         """As `TrainerBackend.update`; `TrainerError` and unchanged weights where the gradient is not finite.
 
-        The routers' balancing loss joins the gradient as the mean over micro-batches by tokens, times
-        train.moe_aux_loss_coef; the reported loss does not contain it.
+        The routers' balancing loss joins the gradient as the mean over micro-batches by tokens (those of dummies
+        included), times train.moe_aux_loss_coef; the reported loss does not contain it.
         """
         with self._platform():
             sums = self._accumulate(micro_batches, loss, temperature)
