@@ -11,11 +11,12 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from miles.config.schema import DataSection
-from miles.data.rows import Row, has_column, read_rows, require_column
+from miles.data.rows import Row, has_column, kind_of, read_rows, require_column
 from miles.data.sample import Prompt
 from miles.data.template import Renderer
 from miles.errors import DataError
@@ -42,15 +43,19 @@ def load_prompts(data: DataSection, tokenizer: PreTrainedTokenizerBase, *, max_p
         Prompt(id, tokens, text, row.values.get(data.label), _metadata(row, data.metadata))
         for id, tokens, text, row in zip(ids, renderer.encode(texts), texts, rows, strict=True)
     ]
-    bound = min(max_prompt_tokens, data.max_prompt_tokens or max_prompt_tokens)
-    return _within_bound(data, "prompt", rows, prompts, lambda prompt: len(prompt.tokens), bound)
+    remedy = "lower rollout.max_response_tokens"
+    if data.max_prompt_tokens is not None and data.max_prompt_tokens < max_prompt_tokens:
+        max_prompt_tokens, remedy = data.max_prompt_tokens, "raise data.max_prompt_tokens"
+    bound = Bound("prompt", max_prompt_tokens, remedy)
+    return _within(bound, data, rows, prompts, lambda prompt: len(prompt.tokens))
 
 
 def read_prompt_rows(data: DataSection) -> tuple[list[Row], list[str]]:
     """The rows of `data.path`, with every column that prompts need, and their unique ids. Raises DataError."""
     rows = read_rows(Path(data.path))
     require_column(rows, data.prompt, "data.prompt")
-    if "label" in data.model_fields_set or has_column(rows, data.label):
+    named = data.label != DataSection.model_fields["label"].default
+    if named or has_column(rows, data.label):
         require_column(rows, data.label, "data.label")
     return rows, _prompt_ids(rows, data.id)
 
@@ -77,7 +82,8 @@ def load_demonstrations(
         _demonstration(prompt, _ended(response, end_tokens, tokenizer.eos_token_id))
         for prompt, response in zip(renderer.encode(prompts), response_tokens, strict=True)
     ]
-    return _within_bound(data, "demonstration", rows, sequences, len, max_tokens)
+    bound = Bound("demonstration", max_tokens, "raise train.max_tokens_per_micro_batch up to the model's context")
+    return _within(bound, data, rows, sequences, len)
 
 
 def read_demonstration_rows(data: DataSection) -> list[Row]:
@@ -105,7 +111,7 @@ def _prompt_ids(rows: list[Row], column: str) -> list[str]:
         value = row.values[column]
         if isinstance(value, bool) or not isinstance(value, str | int):
             raise DataError(
-                f"{row.place}: the id is a {type(value).__name__}", fix="use strings or whole numbers as ids"
+                f"{row.place}: the id is {json.dumps(value, default=str)}", fix="use strings or whole numbers as ids"
             )
         if str(value) in places:
             raise DataError(
@@ -122,7 +128,7 @@ def _metadata(row: Row, column: str) -> dict[str, Any]:
         return {}
     if not isinstance(value, dict):
         raise DataError(
-            f"{row.place}: '{column}' is a {type(value).__name__}, not a table",
+            f"{row.place}: '{column}' is {kind_of(value)}, not an object",
             fix="write a JSON object, or set data.metadata to another column",
         )
     return value
@@ -132,7 +138,7 @@ def _response(row: Row, column: str) -> str:
     value = row.values[column]
     if not isinstance(value, str) or not value:
         raise DataError(
-            f"{row.place}: '{column}' is {'empty' if value == '' else f'a {type(value).__name__}'}",
+            f"{row.place}: '{column}' is {'empty' if value == '' else kind_of(value)}",
             fix="write the response as a non-empty string",
         )
     return value
@@ -157,24 +163,34 @@ def _demonstration(prompt: list[int], response: list[int]) -> Sequence:
     return Sequence(torch.tensor(prompt + response), mask, mask.clone())
 
 
-def _within_bound(
-    data: DataSection, what: str, rows: list[Row], items: list[T], length: Callable[[T], int], bound: int
-) -> list[T]:
-    """`items` of at most `bound` tokens; the others are an error or dropped, as `data.too_long` says."""
-    if bound < 1:
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """How many tokens an item may have."""
+
+    item: str
+    tokens: int
+    remedy: str
+    """What makes room for longer ones."""
+
+
+def _within(bound: Bound, data: DataSection, rows: list[Row], items: list[T], length: Callable[[T], int]) -> list[T]:
+    """The items that fit; the others are an error or left out, as `data.too_long` says."""
+    if bound.tokens < 1:
         raise DataError(
-            f"no token is left for a {what}: the bound is {bound}",
+            f"no token is left for a {bound.item}: the bound is {bound.tokens}",
             fix="lower rollout.max_response_tokens, or raise the context length",
         )
-    long = [(row, length(item)) for row, item in zip(rows, items, strict=True) if length(item) > bound]
+    long = [(row, length(item)) for row, item in zip(rows, items, strict=True) if length(item) > bound.tokens]
     if not long:
         return items
     row, tokens = long[0]
     message = (
-        f"{row.place}: a {what} of {tokens} tokens, where at most {bound} fit"
+        f"{row.place}: a {bound.item} of {tokens} tokens, where at most {bound.tokens} fit"
         f" ({len(long)} of {len(rows)} rows are longer, up to {max(n for _, n in long)} tokens)"
     )
-    if data.too_long == "error" or len(long) == len(rows):
-        raise DataError(message, fix='set data.too_long = "drop", lower rollout.max_response_tokens, or shorten them')
+    if len(long) == len(rows):
+        raise DataError(message, fix=f"{bound.remedy}, or shorten them")
+    if data.too_long == "error":
+        raise DataError(message, fix=f'{bound.remedy}, shorten them, or set data.too_long = "drop"')
     log.warning("%s; left out", message)
-    return [item for item in items if length(item) <= bound]
+    return [item for item in items if length(item) <= bound.tokens]

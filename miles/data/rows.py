@@ -95,13 +95,22 @@ def _parse_line(place: str, line: bytes) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise DataError(f"{place}: not JSON ({error.msg} at column {error.colno})", fix=fix) from error
     if not isinstance(values, dict):
-        raise DataError(f"{place}: a JSON {_json_type(values)} where a row (an object) belongs", fix=fix)
+        raise DataError(f"{place}: {kind_of(values)} where a row (an object) belongs", fix=fix)
     return values
 
 
-def _json_type(value: Any) -> str:
-    names = {list: "array", str: "string", int: "number", float: "number", bool: "boolean"}
-    return names.get(type(value), "null")
+def kind_of(value: Any) -> str:
+    """What a value is, in the words of JSON and with its article."""
+    names = {
+        dict: "an object",
+        list: "an array",
+        str: "a string",
+        int: "a number",
+        float: "a number",
+        bool: "true or false",
+        type(None): "null",
+    }
+    return names.get(type(value), f"a {type(value).__name__}")
 
 
 def _read_parquet(path: Path) -> list[Row]:

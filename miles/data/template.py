@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from miles.config.schema import DataSection
+from miles.data.rows import kind_of
 from miles.errors import DataError
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> PreTr
         )
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the Rust library raises Exception itself for a damaged file
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
             f"{directory} holds no usable tokenizer: {reason}",
@@ -43,7 +44,10 @@ def end_token_ids(directory: Path, tokenizer: PreTrainedTokenizerBase) -> list[i
     ids: list[int] = []
     file = directory / "generation_config.json"
     if file.is_file():
-        named = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        try:
+            named = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        except (ValueError, AttributeError) as error:
+            raise DataError(f"{file} is not a JSON object: {error}", fix="copy the model again") from error
         ids += named if isinstance(named, list) else [] if named is None else [named]
     if tokenizer.eos_token_id is not None:
         ids.append(tokenizer.eos_token_id)
@@ -125,7 +129,7 @@ class Renderer:
 def _plain_text(value: Any, place: str) -> str:
     if not isinstance(value, str):
         raise DataError(
-            f"{place}: the prompt is a {type(value).__name__}, not a string",
+            f"{place}: the prompt is {kind_of(value)}, not a string",
             fix="with data.chat_template = false every prompt is one string",
         )
     if not value.strip():
@@ -137,7 +141,7 @@ def _checked_messages(value: Any, place: str) -> list[Message]:
     """The chat messages of `value`, without the null fields that Parquet adds."""
     fix = 'write a string, or messages like [{"role": "user", "content": "..."}]'
     if not isinstance(value, list):
-        raise DataError(f"{place}: the prompt is a {type(value).__name__}", fix=fix)
+        raise DataError(f"{place}: the prompt is {kind_of(value)}", fix=fix)
     if not value:
         raise DataError(f"{place}: the prompt is empty", fix=fix)
     for number, message in enumerate(value, start=1):

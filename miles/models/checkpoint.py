@@ -100,8 +100,7 @@ def _weight_map(directory: Path) -> dict[str, str]:
     """File of each tensor."""
     index = directory / INDEX
     if index.is_file():
-        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        return weight_map
+        return _read_index(index)
     if not (directory / SINGLE).is_file():
         raise DataError(
             f"{directory} has neither {SINGLE} nor {INDEX}",
@@ -112,6 +111,22 @@ def _weight_map(directory: Path) -> dict[str, str]:
             return dict.fromkeys(file.keys(), SINGLE)
     except SafetensorError as error:
         raise DataError(f"cannot read {directory / SINGLE}: {error}", fix="copy the file again") from error
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    fix = "copy the file again"
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except ValueError as error:
+        raise DataError(f"{index} is not JSON: {error}", fix=fix) from error
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{index} has no weight_map", fix=fix) from error
+    missing = sorted(file for file in set(weight_map.values()) if not (index.parent / file).is_file())
+    if missing:
+        raise DataError(
+            f"{index.parent} lacks {', '.join(missing)}, which {INDEX} names", fix="finish the download of the model"
+        )
+    return dict(weight_map)
 
 
 def write_model(directory: Path, weights: Iterable[tuple[str, torch.Tensor]], source: Path, dtype: torch.dtype) -> None:

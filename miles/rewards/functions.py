@@ -12,6 +12,7 @@ import importlib.util
 import inspect
 import math
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from numbers import Real
 from pathlib import Path
@@ -70,18 +71,17 @@ def scores_of(result: Any) -> dict[str, float]:
 def describe(error: BaseException) -> str:
     """Exception type, message and the place that raised it, on one line."""
     text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    trace = error.__traceback__
-    if trace is None:
-        return text
-    while trace.tb_next is not None:
-        trace = trace.tb_next
-    return f"{text} (at {trace.tb_frame.f_code.co_filename}:{trace.tb_lineno})"
+    if isinstance(error, SyntaxError):
+        return f"SyntaxError: {error.msg} (at {error.filename}:{error.lineno})"
+    files = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    own = [place for place in files if place[0] not in (__file__, importlib.__file__) and place[0][0] != "<"]
+    return f"{text} (at {own[-1][0]}:{own[-1][1]})" if own else text
 
 
 def _import_module(name: str, module_name: str) -> ModuleType:
     try:
         return importlib.import_module(module_name)
-    except Exception as error:  # whatever user code raises at import
+    except (Exception, SystemExit) as error:  # whatever user code raises at import
         raise DataError(
             f"grader '{name}': importing {module_name} failed: {describe(error)}",
             fix="modules are found from the working directory and PYTHONPATH; files as path/file.py:function",
@@ -105,10 +105,10 @@ def _import_file(name: str, path: Path) -> ModuleType:
     sys.modules[module.__name__] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever user code raises at import
+    except (Exception, SystemExit) as error:  # whatever user code raises at import
         raise DataError(
             f"grader '{name}': running {path} failed: {describe(error)}",
-            fix="make the file importable by itself: `python path/file.py`",
+            fix=f"make the file importable by itself: `python {path}`",
         ) from error
     return module
 
@@ -119,10 +119,10 @@ def _check_arguments(name: str, function: GraderFunction, args: Mapping[str, Any
         signature.bind(*POSITIONAL, **args)
     except TypeError as error:
         accepted = [key for key in signature.parameters if key not in POSITIONAL]
-        unknown = next((key for key in args if key not in accepted), "")
+        unknown = next((key for key in args if key not in accepted), None)
+        reason = str(error) if unknown is None else f"it has no argument '{unknown}'.{did_you_mean(unknown, accepted)}"
         raise DataError(
-            f"grader '{name}' cannot be called with the arguments of rewards.args: {error}."
-            f"{did_you_mean(unknown, accepted)}",
+            f"grader '{name}' cannot be called with rewards.args: {reason}",
             fix="its signature is fn(prompt, response, label, metadata, **args), with a keyword for each of"
             f" rewards.args ({', '.join(args) or 'none given'})",
         ) from error

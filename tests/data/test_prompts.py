@@ -137,17 +137,17 @@ GOOD = {"id": 1, "prompt": "a", "label": "b"}
     [
         ([], {}, ["d.jsonl", "no rows"]),
         ([GOOD, "{oops"], {}, ["d.jsonl:2", "not JSON", "column 2"]),
-        ([GOOD, "[1, 2]"], {}, ["d.jsonl:2", "JSON array", "one JSON object per line"]),
+        ([GOOD, "[1, 2]"], {}, ["d.jsonl:2", "an array", "one JSON object per line"]),
         ([{"promt": "a"}], {}, ["d.jsonl:1", "'prompt'", "Did you mean 'promt'?", "data.prompt"]),
         ([GOOD], {"label": "labell"}, ["'labell'", "Did you mean 'label'?"]),
         ([GOOD, {"id": 2, "prompt": "c"}], {}, ["d.jsonl:2", "'label'", "1 of 2 rows"]),
         ([{"prompt": "  "}], {}, ["d.jsonl:1", "empty"]),
         ([{"prompt": []}], {}, ["d.jsonl:1", "empty"]),
-        ([{"prompt": 3}], {}, ["d.jsonl:1", "is a int"]),
+        ([{"prompt": 3}], {}, ["d.jsonl:1", "is a number"]),
         ([{"prompt": [{"content": "a"}]}], {}, ["d.jsonl:1", "message 1", "no role"]),
         ([GOOD, GOOD], {}, ["d.jsonl:2", "'1'", "d.jsonl:1"]),
-        ([{**GOOD, "id": 1.5}], {}, ["d.jsonl:1", "id is a float"]),
-        ([{**GOOD, "metadata": "x"}], {}, ["d.jsonl:1", "'metadata'", "not a table"]),
+        ([{**GOOD, "id": 1.5}], {}, ["d.jsonl:1", "id is 1.5"]),
+        ([{**GOOD, "metadata": "x"}], {}, ["d.jsonl:1", "'metadata'", "not an object"]),
         (
             [GOOD, {"id": 2, "prompt": "x" * 200, "label": ""}],
             {},
@@ -156,7 +156,7 @@ GOOD = {"id": 1, "prompt": "a", "label": "b"}
         ([GOOD], {"max_prompt_tokens": 3}, ["d.jsonl:1", "4 tokens", "at most 3"]),
         ([GOOD], {"max_prompt_tokens": 3, "too_long": "drop"}, ["at most 3", "1 of 1"]),
         ([GOOD], {"chat_template": False, "system": "s"}, ["data.system", "chat_template"]),
-        ([{"prompt": [{"role": "user", "content": "a"}]}], {"chat_template": False}, ["is a list"]),
+        ([{"prompt": [{"role": "user", "content": "a"}]}], {"chat_template": False}, ["is an array"]),
     ],
 )
 def test_bad_data_says_where_what_and_how_to_fix_it(tmp_path, tokenizer, rows, changes, words):
