@@ -17,7 +17,7 @@ from miles.config.schema import RlStep
 from miles.data.batch import MicroBatch, Sequence
 from miles.data.packing import rank_micro_batches
 from miles.data.sample import Group
-from miles.engines.serve import choose_kind
+from miles.engines.serve import choose_kind, has_gpu
 from miles.rollout.session import RolloutSession
 from miles.rollout.statistics import rollout_metrics
 from miles.sync.push import WeightSync
@@ -62,7 +62,7 @@ class ReinforcementLearning:
             dtype=engine_dtype(step),
             bucket_bytes=step.engine.sync_bucket_mib * 2**20,
             # SGLang fuses tensors, so its checksums have other names than the checkpoint's.
-            verify=step.engine.verify_sync and choose_kind(step.engine.kind) == "embedded",
+            verify=step.engine.verify_sync and choose_kind(step.engine.kind, gpu=has_gpu()) == "embedded",
         )
 
     def sync_weights(self, version: int) -> None:
