@@ -75,6 +75,13 @@ def test_engine_that_never_answers_is_given_up_after_its_timeout(paths: RunPaths
     assert "engine 0 did not answer within 2 s" in attempt.detail
 
 
+def test_engine_whose_port_was_taken_starts_on_another(paths: RunPaths, supervise: Supervise) -> None:
+    code, attempt = _end(supervise(engine="robbed", engines=1), paths)
+    assert (code, attempt.reason) == (0, EndReason.FINISHED)
+    url = json.loads((paths.step(STEP) / "rank-0.json").read_text())["MILES_ENGINE_URLS"]
+    assert url.rpartition(":")[2] != (paths.root / "robbed").read_text()
+
+
 @pytest.mark.parametrize(
     ("role", "error", "reason"),
     [("engine", EngineError, EndReason.ENGINE_CRASH), ("trainer", TrainerError, EndReason.TRAINER_CRASH)],

@@ -2,6 +2,8 @@
 
 import argparse
 import os
+import socket
+import subprocess
 import sys
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -28,6 +30,15 @@ print("engine standing in", flush=True)
 if behaviour == "crash" or (behaviour == "one-crashes" and arguments.index == 1):
     print("cannot load the weights", flush=True)
     sys.exit(3)
+if behaviour == "robbed" and not (arguments.run_dir / "robbed").exists():
+    (arguments.run_dir / "robbed").write_text(str(arguments.port))
+    robber = f"import socket, time; s = socket.create_server(('127.0.0.1', {arguments.port})); time.sleep(600)"
+    subprocess.Popen([sys.executable, "-c", robber])
+    while True:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", arguments.port)) == 0:
+                sys.exit(1)
+        time.sleep(0.02)
 if behaviour == "silent":
     time.sleep(600)
 HTTPServer(("127.0.0.1", arguments.port), Handler).serve_forever()
