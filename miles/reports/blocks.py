@@ -25,8 +25,7 @@ def sparkline(values: Sequence[float], width: int) -> str:
         return ""
     low, high = min(finite), max(finite)
     return "".join(
-        _BLOCKS[1 + round(7 * _position(value, low, high))] if math.isfinite(value) else " "
-        for value in columns
+        _BLOCKS[1 + round(7 * _position(value, low, high))] if math.isfinite(value) else " " for value in columns
     )
 
 
@@ -36,10 +35,7 @@ def column_chart(values: Sequence[float], *, width: int, height: int, low: float
         max(1, round(8 * height * _position(value, low, high))) if math.isfinite(value) else 0
         for value in resample(values, width)
     ]
-    return [
-        "".join(_BLOCKS[min(8, max(0, filled - 8 * row))] for filled in eighths)
-        for row in reversed(range(height))
-    ]
+    return ["".join(_BLOCKS[min(8, max(0, filled - 8 * row))] for filled in eighths) for row in reversed(range(height))]
 
 
 def _position(value: float, low: float, high: float) -> float:

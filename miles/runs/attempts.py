@@ -73,9 +73,7 @@ def begin_attempt(paths: RunPaths, step: str, *, note: str = "") -> int:
     return number
 
 
-def end_attempt(
-    paths: RunPaths, number: int, reason: EndReason, *, exit_code: int = 0, detail: str = ""
-) -> None:
+def end_attempt(paths: RunPaths, number: int, reason: EndReason, *, exit_code: int = 0, detail: str = "") -> None:
     """Write the end line of an attempt."""
     end = {"event": "end", "attempt": number, "time": time.time(), "reason": reason.value}
     append_json(paths.attempts, end | {"exit_code": exit_code, "detail": detail})

@@ -86,8 +86,7 @@ def find_run(run: str | None, runs_dir: Path = Path("runs")) -> RunPaths:
             return RunPaths(root.absolute())
     names = [paths.root.name for paths in runs]
     raise RunError(
-        f"there is no run '{run}': neither ./{run} nor {runs_dir / run} holds a run.toml."
-        + did_you_mean(run, names),
+        f"there is no run '{run}': neither ./{run} nor {runs_dir / run} holds a run.toml." + did_you_mean(run, names),
         fix="`miles runs` lists the runs of this directory",
     )
 

@@ -20,9 +20,7 @@ def log_files(paths: RunPaths, attempt: int | None, role: str | None) -> list[Pa
     Raises RunError for an unknown role and for an attempt that there was not.
     """
     if role is not None and role not in ROLES:
-        raise RunError(
-            f"there is no role '{role}'." + did_you_mean(role, ROLES), fix=f"roles are: {', '.join(ROLES)}"
-        )
+        raise RunError(f"there is no role '{role}'." + did_you_mean(role, ROLES), fix=f"roles are: {', '.join(ROLES)}")
     if role == "driver":
         return [paths.driver_log] if paths.driver_log.exists() else []
     directory = paths.latest_logs if attempt is None else paths.logs(attempt)

@@ -24,9 +24,7 @@ class Done:
     """Size in bytes of every file of the step's directory, by relative path."""
 
 
-def write_done(
-    paths: RunPaths, name: str, inputs: Inputs, *, attempt: int, finished: float, seconds: float
-) -> None:
+def write_done(paths: RunPaths, name: str, inputs: Inputs, *, attempt: int, finished: float, seconds: float) -> None:
     """Record that a step is done, with the outputs that lie in its directory now."""
     directory = paths.step(name)
     directory.mkdir(parents=True, exist_ok=True)

@@ -39,6 +39,4 @@ def processes_of(step: AnyStep) -> Processes:
 
 
 def _ranks(local: LocalSection, ranks: int, engines: int, startup_timeout: float) -> Processes:
-    return Processes(
-        "miles.training.worker", "trainer", ranks, engines, "miles.engines.serve", local, startup_timeout
-    )
+    return Processes("miles.training.worker", "trainer", ranks, engines, "miles.engines.serve", local, startup_timeout)

@@ -122,9 +122,7 @@ def step_status(planned: PlannedStep, attempts: list[Attempt], *, driven: bool, 
     elif last and last.ended is not None and reason is not EndReason.FINISHED:
         state = State.STOPPED if reason is EndReason.STOPPED else State.FAILED
         seconds, detail = last.ended - last.started, last.detail
-    return StepStatus(
-        planned.name, planned.kind, state, len(attempts), started, seconds, reason, detail, note
-    )
+    return StepStatus(planned.name, planned.kind, state, len(attempts), started, seconds, reason, detail, note)
 
 
 def run_state(steps: list[StepStatus], *, driven: bool) -> State:

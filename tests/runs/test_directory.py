@@ -92,16 +92,11 @@ print(sorted(path.name for path in Path(sys.argv[1]).iterdir()))
 @pytest.mark.parametrize(
     ("disk", "reason"), [("full", "No space left on device"), ("read-only", "Read-only file system")]
 )
-def test_full_or_read_only_disk_is_a_clear_error_and_leaves_nothing(
-    tmp_path: Path, disk: str, reason: str
-) -> None:
+def test_full_or_read_only_disk_is_a_clear_error_and_leaves_nothing(tmp_path: Path, disk: str, reason: str) -> None:
     """On a real file system of 64 KiB, mounted in a namespace of the test's own."""
     mount = f'mount -t tmpfs -o size=64k none "{tmp_path}" && exec "$@"'
     namespace = ["unshare", "--mount", "--map-root-user", "sh", "-c", mount, "sh"]
-    if (
-        not shutil.which("unshare")
-        or subprocess.run([*namespace, "true"], capture_output=True).returncode != 0
-    ):
+    if not shutil.which("unshare") or subprocess.run([*namespace, "true"], capture_output=True).returncode != 0:
         pytest.skip("this system does not let a user mount a small file system")
     command = [*namespace, sys.executable, "-c", CREATE_ON_A_SMALL_DISK, str(tmp_path), disk]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -111,9 +106,7 @@ def test_full_or_read_only_disk_is_a_clear_error_and_leaves_nothing(
     assert left == "['filler']"
 
 
-def test_run_is_found_by_name_by_path_and_as_the_newest(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_is_found_by_name_by_path_and_as_the_newest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     old, new = create_run(_config(tmp_path, name="old")), create_run(_config(tmp_path, name="new"))
     os.utime(old.config, (time.time() - 60,) * 2)

@@ -70,9 +70,7 @@ def test_lines_of_two_processes_stay_whole(tmp_path: Path) -> None:
     for writer in writers:
         writer.join()
     lines = [json.loads(line) for line in file.read_text().splitlines()]
-    assert {(line["writer"], line["index"]) for line in lines} == {
-        (w, i) for w in range(2) for i in range(50)
-    }
+    assert {(line["writer"], line["index"]) for line in lines} == {(w, i) for w in range(2) for i in range(50)}
 
 
 def test_refused_write_is_a_run_error_with_the_path(tmp_path: Path) -> None:
