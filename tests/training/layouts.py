@@ -40,7 +40,7 @@ class Case:
     backend: Backend = Backend.MEGATRON
     dtype: Dtype = Dtype.FLOAT32
     device: Literal["cpu", "cuda"] = "cpu"
-    """On `cuda`, rank r takes GPU r and speaks NCCL."""
+    """On `cuda`, each process takes a GPU and speaks NCCL."""
 
     def __str__(self) -> str:
         data = self.ranks // (self.tensor * self.pipeline)
@@ -181,17 +181,18 @@ def _process_main(process: int, processes: int, cases: list[Case], root: str) ->
         rank = process - number % (processes // case.ranks) * case.ranks
         if not 0 <= rank < case.ranks:
             continue
-        enter_process_group(case, rank, f"file://{root}/rendezvous-{number}")
+        enter_process_group(case, rank, process, f"file://{root}/rendezvous-{number}")
         expected = torch.load(directory / case.expected_file, weights_only=False)
         results[case] = measure(case, directory / case.model, expected, saved_model(directory, case))
         leave_process_group()
     torch.save(results, _results(directory, process))
 
 
-def enter_process_group(case: Case, rank: int, rendezvous: str) -> None:
+def enter_process_group(case: Case, rank: int, process: int, rendezvous: str) -> None:
     if case.device == "cuda":
-        os.environ["LOCAL_RANK"] = str(rank)
-        torch.cuda.set_device(rank)
+        # Always the same GPU for a process: Transformer Engine keeps its streams from case to case.
+        os.environ["LOCAL_RANK"] = str(process)
+        torch.cuda.set_device(process)
     backend = "gloo" if case.device == "cpu" else "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, init_method=rendezvous, rank=rank, world_size=case.ranks)
 

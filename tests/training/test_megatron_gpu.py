@@ -1,9 +1,10 @@
 """The megatron backend on the visible GPUs with NCCL against plain Hugging Face on the CPU.
 
-float32 runs megatron-core's own modules, bfloat16 Transformer Engine's where it is installed.
+float32 runs megatron-core's own modules, bfloat16 Transformer Engine's where it is installed. Measured on one and two
+H100s with megatron-core 0.19.2 and Transformer Engine 2.20.2: float32 log-probabilities 2.4e-6, gradients 7e-7, weights
+after two updates 3e-7; bfloat16 log-probabilities 0.12, loss 4e-3, gradients 0.02, gradient norm 0.4 %.
 """
 
-import math
 from dataclasses import fields, replace
 
 import pytest
@@ -32,13 +33,13 @@ CASES = [
 ]
 EXACT = Agreement(**{field.name: 2e-5 for field in fields(Agreement)})
 ROUNDED = Agreement(
-    log_probs=1.0,
-    entropy=0.2,
-    loss=0.05,
-    metrics=0.05,
-    # Exported weights are rounded to bfloat16: their difference is no gradient, and a step shows in few of them.
-    gradients=math.inf,
-    grad_norm=0.05,
+    log_probs=0.5,
+    entropy=0.25,
+    loss=0.02,
+    metrics=0.005,
+    # Read off weights that are exported in bfloat16.
+    gradients=0.06,
+    grad_norm=0.02,
     updated_weights=0.05,
     exported_weights=0.0,
     saved_weights=0.0,
