@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from embedded_process import TOKEN, engine_processes
 from transformers import AutoModelForCausalLM
 
 from miles.config.schema import DataSection, EvalSection, RewardSection, RolloutSection, TinyTaskStep
@@ -30,26 +31,6 @@ from miles.rollout.client import EngineClient, SamplingParams
 from miles.rollout.evaluate import evaluate
 from miles.rollout.manager import RolloutManager
 
-TOKEN = "test-token"
-SERVER = """
-import sys, torch
-from pathlib import Path
-from miles.engines.embedded.launch import EmbeddedOptions, serve_embedded
-torch.set_num_threads(1)
-model = Path(sys.argv[1])
-serve_embedded(EmbeddedOptions(model=model, tokenizer=model, dtype=torch.float32, host="127.0.0.1",
-    port=int(sys.argv[2]), token=sys.argv[3], context_length=None, max_running_requests=32))
-"""
-
-
-@dataclass
-class Engine:
-    """One server process."""
-
-    process: subprocess.Popen[bytes]
-    url: str
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("task")
@@ -61,32 +42,8 @@ def model(tmp_path_factory) -> Path:
 @pytest.fixture
 def engines(model):
     """Two engines that are ready."""
-    started = [start_engine(model) for _ in range(2)]
-    try:
-        asyncio.run(ready(started))
+    with engine_processes(model, 2) as started:
         yield started
-    finally:
-        for engine in started:
-            engine.process.kill()
-            engine.process.wait()
-
-
-def start_engine(model: Path) -> Engine:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-c", SERVER, str(model), str(port), TOKEN]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "0"}
-    return Engine(subprocess.Popen(command, env=environment), f"http://127.0.0.1:{port}")
-
-
-async def ready(engines: list[Engine]) -> None:
-    deadline = time.monotonic() + 120
-    async with EngineClient([engine.url for engine in engines], TOKEN) as client:
-        while any(problem is not None for problem in (await client.health()).values()):
-            assert time.monotonic() < deadline, "the engines did not start"
-            assert all(engine.process.poll() is None for engine in engines)
-            await asyncio.sleep(0.1)
 
 
 def shape_of(model: Path) -> ExpertShape:
