@@ -24,7 +24,7 @@ from miles.config.schema import (
     TrainSection,
 )
 from miles.config.steps import referred
-from miles.models.families import MEGATRON_FAMILIES
+from miles.models.families import MEGATRON_FAMILIES, context_length
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ def _facts(config: dict[str, Any]) -> ModelFacts:
         heads=heads,
         kv_heads=number("num_key_value_heads") or heads,
         experts=number("num_experts", "num_local_experts", "n_routed_experts") or 0,
-        context_length=number("max_position_embeddings"),
+        context_length=context_length(config),
     )
 
 
@@ -97,7 +97,7 @@ def _division(train: TrainSection, facts: ModelFacts) -> Iterator[Finding]:
             (("train", "backend"), ("model", "path")),
             f'train.backend = "megatron" does not know model_type "{facts.family}" '
             f"(it knows {', '.join(MEGATRON_FAMILIES)})",
-            'set train.backend = "fsdp", which trains any Hugging Face causal language model',
+            'set train.backend = "fsdp", which trains most other causal language models of transformers',
         )
         return
     divisions = (

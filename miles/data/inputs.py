@@ -11,6 +11,7 @@ from miles.config.schema import DataSection, ModelSection, SftStep
 from miles.data.prompts import load_demonstrations
 from miles.data.template import end_token_ids, load_tokenizer
 from miles.errors import DataError
+from miles.models.families import context_length
 from miles.runs.paths import RunPaths
 
 if TYPE_CHECKING:
@@ -33,8 +34,8 @@ class ModelInput:
     @property
     def context_length(self) -> int:
         """Most tokens of prompt and response together. Raises DataError where the config does not state it."""
-        length = self.config.get("max_position_embeddings")
-        if not isinstance(length, int):
+        length = context_length(self.config)
+        if length is None:
             raise DataError(
                 f"{self.directory / 'config.json'} states no max_position_embeddings",
                 fix="add the model's context length to config.json",

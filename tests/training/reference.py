@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    GPT2Config,
     LlamaConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -57,6 +58,8 @@ _MOE: dict[str, Any] = {
     "norm_topk_prob": True,
 }
 
+_NO_DROPOUT: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+
 MODELS: dict[str, Callable[[], PretrainedConfig]] = {
     "qwen3": lambda: Qwen3Config(**_COMMON, intermediate_size=48, head_dim=16, tie_word_embeddings=False),
     "qwen3-tied": lambda: Qwen3Config(**_COMMON, intermediate_size=48, head_dim=16, tie_word_embeddings=True),
@@ -66,6 +69,9 @@ MODELS: dict[str, Callable[[], PretrainedConfig]] = {
         **_COMMON, **{**_MOE, "norm_topk_prob": False}, mlp_only_layers=[1], tie_word_embeddings=False
     ),
     "qwen2": lambda: Qwen2Config(**_COMMON, intermediate_size=48, tie_word_embeddings=True),
+    "gpt2": lambda: GPT2Config(
+        vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=128, dtype="float32", **_NO_DROPOUT
+    ),
     "llama": lambda: LlamaConfig(
         **_COMMON,
         intermediate_size=48,

@@ -27,7 +27,8 @@ from miles.training.backend import LossOutput, TokenOutputs, UpdateStats
 from miles.training.fsdp.backend import FsdpBackend
 from miles.training.fsdp.router import load_balancing_loss
 
-MODELS = ("qwen3", "qwen3-tied", "qwen3-moe")
+MODELS = ("qwen3", "qwen3-tied", "qwen3-moe", "gpt2")
+"""GPT-2 for what goes by other names in it: its layers, its context length; and because it has biases everywhere."""
 OUTPUTS_TOLERANCE = 1e-5
 LOSS_TOLERANCE = 5e-6
 WEIGHTS_TOLERANCE = 2e-5

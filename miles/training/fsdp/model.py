@@ -88,7 +88,7 @@ def build_policy_model(model_dir: Path, train: TrainSection, mesh: DeviceMesh) -
     causal_lm.eval()
     model = PolicyModel(causal_lm, chunk_tokens=train.log_prob_chunk_tokens, router_loss=train.moe_aux_loss_coef > 0)
     policy = MixedPrecisionPolicy(param_dtype=getattr(torch, train.dtype), reduce_dtype=torch.float32)
-    for layer in causal_lm.base_model.layers:
+    for layer in _decoder_layers(causal_lm):
         if train.recompute:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
         fully_shard(layer, mesh=mesh, mp_policy=policy)
@@ -106,6 +106,18 @@ def checkpoint_weights(model: ShardedPolicyModel, dtype: torch.dtype) -> Iterato
     for _, layer in groupby(causal_lm.named_parameters(), key=lambda item: _layer_of(item[0])):
         whole = {name: cast(DTensor, value.detach().to(dtype)).full_tensor() for name, value in layer}
         yield from revert_weight_conversion(causal_lm, whole).items()
+
+
+def _decoder_layers(causal_lm: PreTrainedModel) -> list[nn.Module]:
+    """The blocks that transformers says must stay in one piece: `layers` of most decoders, `h` of GPT-2's."""
+    whole = causal_lm._no_split_modules or ()
+    layers = [module for module in causal_lm.base_model.modules() if type(module).__name__ in whole]
+    if not layers:
+        raise DataError(
+            f"{type(causal_lm).__name__} names no layers (_no_split_modules), by which FSDP would divide it",
+            fix="choose another model",
+        )
+    return layers
 
 
 def _layer_of(name: str) -> str:
