@@ -29,7 +29,7 @@ from miles.reports.html import check_report
 from miles.runs.claim import Claim, Holder, current_holder, refuse_if_held
 from miles.runs.directory import check_config, create_run, run_directory, set_aside
 from miles.runs.failures import FAILURE_VARIABLE, exit_with_failures, read_failure
-from miles.runs.files import disk_errors
+from miles.runs.files import disk_errors, full_disk
 from miles.runs.paths import RunPaths
 from miles.runs.trackers import check_trackers
 from miles.workflow.kinds import processes_of
@@ -127,7 +127,8 @@ class Driver:
             return None
         if code == -signal.SIGTERM:
             return interrupted("the run was stopped before it began", self._paths)
-        return read_failure(self._paths.driver_failure) or RunError(
+        explained = read_failure(self._paths.driver_failure) or full_disk(self._paths.root)
+        return explained or RunError(
             f"the process that ran the steps ended with exit code {code} and left no word",
             fix=f"read {self._paths.driver_log}",
         )

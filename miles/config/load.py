@@ -81,8 +81,9 @@ def load_resolved(run_dir: str | Path) -> RunConfig:
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:
+        what = "; ".join(f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}" for detail in error.errors())
         raise RunError(
-            f"{file}: not a resolved run of this version of Miles: {error}", fix="submit the run file anew"
+            f"{file}: not a resolved run of this version of Miles: {what}", fix="submit the run file anew"
         ) from None
 
 

@@ -32,7 +32,7 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> PreTr
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # the Rust library raises Exception itself for a damaged file
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(
             f"{directory} holds no usable tokenizer: {reason}",
             fix="copy tokenizer.json and tokenizer_config.json there, or set model.tokenizer",

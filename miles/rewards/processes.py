@@ -75,7 +75,7 @@ class GraderProcess:
         except (EOFError, OSError):
             status = self._process.wait() if self._process else None
             self.close()
-            return Outcome({}, failure=f"its process died (exit status {status})")
+            return Outcome({}, failure=f"ended its process (exit status {status})")
 
     def kill(self) -> None:
         """Kill the process, if one runs; safe from another thread, whose call then fails."""

@@ -8,6 +8,7 @@ its log.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from miles import errors
-from miles.errors import MilesError
+from miles.errors import MilesError, RunError
 from miles.runs.files import write_atomic
 
 FAILURE_VARIABLE = "MILES_FAILURE_FILE"
@@ -34,7 +35,8 @@ def exit_with_failures(main: Callable[[], None]) -> NoReturn:
         sys.stderr.write(f"error: {error}\n")
         failure_file = os.environ.get(FAILURE_VARIABLE)
         if failure_file:
-            write_failure(Path(failure_file), error)
+            with contextlib.suppress(RunError):  # a full disk: the exit code still tells
+                write_failure(Path(failure_file), error)
         sys.exit(error.exit_code)
     sys.exit(0)
 

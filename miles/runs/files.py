@@ -10,11 +10,15 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from miles.errors import RunError
+
+FULL_BYTES = 64 * 2**10
+"""A disk with less free space counts as full: less than a line of metrics and a few blocks."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _REFUSALS = (*_FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENOENT)
@@ -28,13 +32,26 @@ def disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _REFUSALS:
             raise
-        if error.errno in _FULL:
+        if error.errno in (errno.EEXIST, errno.ENOTDIR):
+            fix = "a file stands where a directory belongs: move it, or use another directory (runs_dir)"
+        elif error.errno in _FULL:
             fix = "free some space there, or use a directory on another disk (runs_dir)"
         elif error.errno == errno.ENOENT:
             fix = f"create the directory {path.parent}"
         else:
             fix = "make it writable, or use another directory (runs_dir)"
         raise RunError(f"cannot write {path}: {os.strerror(error.errno)}", fix=fix) from error
+
+
+def full_disk(directory: Path) -> RunError | None:
+    """The error of a disk without space, which explains why a process could not even say what ended it."""
+    free = shutil.disk_usage(directory).free
+    if free >= FULL_BYTES:
+        return None
+    return RunError(
+        f"the disk of {directory} is full: {free / 2**10:.0f} KiB are free",
+        fix="free some space there; the same command continues the run",
+    )
 
 
 def write_atomic(path: Path, text: str, *, mode: int = 0o644, durable: bool = True) -> None:

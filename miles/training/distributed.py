@@ -16,6 +16,8 @@ from typing import Literal, TypeVar
 import torch
 import torch.distributed as dist
 
+from miles.errors import TrainerError
+
 T = TypeVar("T")
 
 RANK_TIMEOUT = timedelta(days=7)
@@ -34,7 +36,13 @@ def process_group(device: torch.device) -> Iterator[None]:
     """The default process group, from RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT: gloo, and NCCL for GPU tensors."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=RANK_TIMEOUT)
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=RANK_TIMEOUT)
+    except dist.DistNetworkError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise TrainerError(
+            f"the trainer ranks cannot meet at {where}: {error}", fix="submit again: another port will be tried"
+        ) from error
     try:
         yield
     finally:

@@ -111,7 +111,7 @@ def test_names_of_graders_are_short_and_unique():
         ("async def score(p, r, l, m): raise KeyError('k')", ["raised KeyError: 'k'"]),
         ("import time\ndef score(p, r, l, m): time.sleep(60)", ["took longer than 0.5 s"]),
         ("import asyncio\nasync def score(p, r, l, m): await asyncio.sleep(60)", ["took longer than 0.5 s"]),
-        ("import os\ndef score(p, r, l, m): os._exit(9)", ["its process died (exit status 9)"]),
+        ("import os\ndef score(p, r, l, m): os._exit(9)", ["ended its process (exit status 9)"]),
     ],
 )
 def test_a_failing_grader_stops_with_its_reason_or_scores_zero(tmp_path, code, words):

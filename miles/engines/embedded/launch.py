@@ -89,7 +89,7 @@ def _bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         listener.close()
         raise EngineError(
-            f"cannot listen on {host}:{port}: {error.strerror}", fix="choose a free port, or end what listens there"
+            f"cannot listen on {host}:{port}: {error.strerror}", fix="submit again: another port will be tried"
         ) from error
     return listener
 

@@ -90,19 +90,26 @@ def _layer_of(name: str) -> int:
 def load_runner(directory: Path, dtype: torch.dtype | Literal["auto"], *, trust_remote_code: bool = False) -> Runner:
     """Open a model directory; EngineError when it is broken or the engine cannot run such a model."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory,
             config=AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code),
             dtype=dtype,
             attn_implementation=attention.NAME,
             trust_remote_code=trust_remote_code,
+            output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise EngineError(
-            f"cannot load the model {directory}: {first}",
+            f"cannot load the model {directory}: {reason}",
             fix="point model.path to a Hugging Face directory that AutoModelForCausalLM opens",
         ) from error
+    model, loading = loaded
+    if missing := sorted(loading["missing_keys"]):
+        raise EngineError(
+            f"{directory} has no weight {missing[0]!r}, which its config.json calls for ({len(missing)} are missing)",
+            fix="the directory is incomplete or its config.json belongs to another model",
+        )
     _refuse_recurrent(model.config)
     model.eval().requires_grad_(False)
     for parameter in model.parameters():
