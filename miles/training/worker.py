@@ -7,7 +7,9 @@ outputs under steps/NAME/. A MilesError ends it with that error's exit code and 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
+import warnings
 from contextlib import closing
 from pathlib import Path
 
@@ -26,6 +28,7 @@ def main() -> None:
     parser.add_argument("--step", required=True)
     arguments = parser.parse_args()
 
+    quieten_libraries()
     config = load_resolved(arguments.run_dir)
     step = config.steps[arguments.step]
     device = choose_device(step.train.device) if isinstance(step, SftStep | RlStep) else choose_device("cpu")
@@ -40,6 +43,15 @@ def main() -> None:
             engine_urls=[url for url in os.environ.get("MILES_ENGINE_URLS", "").split(",") if url],
         )
         run_step(context, step)
+
+
+def quieten_libraries() -> None:
+    """Keep the log to what a reader can act on: no hints at absent accelerators' packages, no progress bars."""
+    import transformers
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed\.")
+    transformers.utils.logging.disable_progress_bar()
 
 
 def run_step(context: Context, step: object) -> None:
