@@ -78,7 +78,9 @@ def logs(
     role: Annotated[
         str | None, typer.Option("--role", help="Only these processes: driver, engine, trainer or step.")
     ] = None,
-    attempt: Annotated[int | None, typer.Option("--attempt", min=1, help="Attempt number; none: the newest.")] = None,
+    attempt: Annotated[
+        int | None, typer.Option("--attempt", min=1, help="Attempt number; none: the newest that has such logs.")
+    ] = None,
     lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="Last lines of each log.")] = 100,
 ) -> None:
     """Print the logs of a run's processes."""
@@ -92,7 +94,8 @@ def logs(
         with contextlib.suppress(KeyboardInterrupt):
             follow_logs(paths, attempt, role, lines, write, running=lambda: current_holder(paths) is not None)
         return
-    for text in log_tails(paths, attempt, role, lines):
+    texts = list(log_tails(paths, attempt, role, lines))
+    for text in texts or [f"run '{paths.root.name}' has no such logs" if role or attempt else "no logs yet"]:
         write(text)
 
 

@@ -17,18 +17,24 @@ _TAIL_BYTES_PER_LINE = 1000
 def log_files(paths: RunPaths, attempt: int | None, role: str | None) -> list[Path]:
     """The logs of an attempt (None: the newest) of the processes of a role (None: of all but the driver).
 
+    The newest attempt of a role is the newest that had such processes: the report step has no trainer.
+
     Raises RunError for an unknown role and for an attempt that there was not.
     """
     if role is not None and role not in ROLES:
         raise RunError(f"there is no role '{role}'." + did_you_mean(role, ROLES), fix=f"roles are: {', '.join(ROLES)}")
     if role == "driver":
         return [paths.driver_log] if paths.driver_log.exists() else []
-    directory = paths.latest_logs if attempt is None else paths.logs(attempt)
-    if attempt is not None and not directory.exists():
-        numbers = sorted(int(path.name.removeprefix("attempt-")) for path in paths.all_logs.glob("attempt-*"))
+    numbers = sorted(int(path.name.removeprefix("attempt-")) for path in paths.all_logs.glob("attempt-*"))
+    if attempt is None and role is None:
+        return sorted(paths.latest_logs.resolve().glob("*.log"))
+    if attempt is None:
+        found = (sorted(paths.logs(number).glob(f"{role}-*.log")) for number in reversed(numbers))
+        return next(filter(None, found), [])
+    if attempt not in numbers:
         had = f"it had attempts 1 to {numbers[-1]}" if numbers else "it has not started yet"
         raise RunError(f"run '{paths.root.name}' has no attempt {attempt}", fix=had)
-    return sorted(directory.resolve().glob(f"{role or '*'}-*.log"))
+    return sorted(paths.logs(attempt).glob(f"{role or '*'}-*.log"))
 
 
 def log_tails(paths: RunPaths, attempt: int | None, role: str | None, lines: int) -> Iterator[str]:

@@ -25,6 +25,11 @@ def test_newest_attempt_and_role_choose_the_files(tmp_path: Path) -> None:
     assert log_files(paths, None, None) == [engine, trainer]
     assert log_files(paths, None, "engine") == [engine]
     assert log_files(paths, 1, None) == [old]
+    begin_attempt(paths, "report")
+    report = _write(paths, 3, "step-node-0.log", "")
+    assert log_files(paths, None, None) == [report]
+    assert log_files(paths, None, "trainer") == [trainer]
+    assert log_files(paths, 3, "trainer") == []
     with pytest.raises(RunError, match="no attempt 9"):
         log_files(paths, 9, None)
     with pytest.raises(RunError, match="Did you mean 'engine'"):
