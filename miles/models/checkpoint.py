@@ -145,6 +145,8 @@ def write_model(directory: Path, weights: Iterable[tuple[str, torch.Tensor]], so
     config["dtype"] = str(dtype).removeprefix("torch.")
     partial = directory / "config.json.partial"
     partial.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    for weights_file in directory.glob("*.safetensors"):
+        shutil.copymode(partial, weights_file)  # safetensors makes files that only their owner can read
     partial.replace(directory / "config.json")
 
 

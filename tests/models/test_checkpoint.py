@@ -52,6 +52,8 @@ def test_copy_of_a_model_in_shards_opens(source: Path, tmp_path: Path, monkeypat
     assert "tokenizer.json" in names and not [name for name in names if "partial" in name]
     shards = [name for name in names if name.endswith(".safetensors")]
     assert len(shards) > 2 and shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
+    modes = {file.stat().st_mode for file in (tmp_path / "copy").iterdir()}
+    assert len(modes) == 1, "who may read the config may read the weights"
     copy = tensors(tmp_path / "copy")
     assert all(torch.equal(copy[name], value) for name, value in weights.items())
     with CheckpointReader(tmp_path / "copy") as reader:
