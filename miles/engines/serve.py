@@ -18,6 +18,8 @@ from miles.errors import EngineError
 from miles.runs.failures import exit_with_failures
 from miles.runs.paths import RunPaths
 
+EngineKind = Literal["auto", "embedded", "sglang"]
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -31,19 +33,25 @@ def main() -> None:
     paths = RunPaths(arguments.run_dir)
     spec = engine_spec(paths, arguments.step, index=arguments.index, host=arguments.host, port=arguments.port)
     token = read_token(paths.engine_token)
-    if choose_kind(spec.engine.kind) == "sglang":
-        serve_sglang(sglang_arguments(spec), token)
+    gpu = has_gpu()
+    if choose_kind(spec.engine.kind, gpu=gpu) == "sglang":
+        serve_sglang(sglang_arguments(spec, gpu=gpu), token)
     else:
         _serve_embedded(spec, token)
 
 
-def choose_kind(kind: Literal["auto", "embedded", "sglang"]) -> Literal["embedded", "sglang"]:
+def choose_kind(kind: EngineKind, *, gpu: bool) -> EngineKind:
     """`auto` is SGLang where there is a GPU."""
     if kind != "auto":
         return kind
+    return "sglang" if gpu else "embedded"
+
+
+def has_gpu() -> bool:
+    """Whether this machine has a CUDA device."""
     import torch
 
-    return "sglang" if torch.cuda.is_available() else "embedded"
+    return torch.cuda.is_available()
 
 
 def read_token(path: Path) -> str:

@@ -16,10 +16,27 @@ from miles.engines.spec import EngineSpec
 from miles.errors import EngineError
 
 MODULE = "sglang.launch_server"
+GPU = (
+    # The trainer stands on the same GPU: weights and cache must be able to leave it.
+    "--enable-memory-saver",
+    # SGLang reads sampling_seed only in this mode.
+    "--enable-deterministic-inference",
+)
+CPU = (
+    *("--device", "cpu"),
+    *("--attention-backend", "torch_native"),
+    *("--sampling-backend", "pytorch"),
+    *("--grammar-backend", "none"),
+    "--disable-cuda-graph",
+    "--disable-overlap-schedule",
+)
 
 
-def sglang_arguments(spec: EngineSpec) -> list[str]:
-    """Command-line arguments of `sglang.launch_server`, without the token. The user's come last and win."""
+def sglang_arguments(spec: EngineSpec, *, gpu: bool) -> list[str]:
+    """Command-line arguments of `sglang.launch_server`, without the token. The user's come last and win.
+
+    Without a GPU it runs slowly, with torch's own operators; the contract tests do that.
+    """
     engine = spec.engine
     arguments = [
         *("--model-path", str(spec.model)),
@@ -28,12 +45,10 @@ def sglang_arguments(spec: EngineSpec) -> list[str]:
         *("--port", str(spec.port)),
         *("--dtype", spec.dtype),
         *("--max-running-requests", str(engine.max_running_requests)),
-        *("--base-gpu-id", str(spec.index)),
-        # The trainer stands on the same GPU: weights and cache must be able to leave it.
-        "--enable-memory-saver",
-        # SGLang reads sampling_seed only in this mode.
-        "--enable-deterministic-inference",
+        *(GPU if gpu else CPU),
     ]
+    if gpu:
+        arguments += ["--base-gpu-id", str(spec.index)]
     if engine.context_length is not None:
         arguments += ["--context-length", str(engine.context_length)]
     if engine.return_routed_experts:

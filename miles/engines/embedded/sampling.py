@@ -66,6 +66,9 @@ def log_probs_of(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
     Not `log_softmax`: on a CPU that sums a row in one float32 and is off by up to 1e-5 at 50,000 tokens.
     """
+    if len(logits) == 1:
+        # The threads would share the sum of a single row, which rounds differently from a row in a batch.
+        return log_probs_of(logits.repeat(2, 1), tokens.repeat(2))[:1]
     return logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
 
 

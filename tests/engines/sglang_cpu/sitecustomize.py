@@ -81,7 +81,9 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             module.cdiv = lambda a, b: -(a // -b)
             module.next_power_of_2 = lambda n: 1 << max(0, (n - 1).bit_length())
         if spec.name == "triton.language":
-            module.constexpr = type("constexpr", (), {"__init__": lambda self, value=None: setattr(self, "value", value)})
+            module.constexpr = type(
+                "constexpr", (), {"__init__": lambda self, value=None: setattr(self, "value", value)}
+            )
         return module
 
     def exec_module(self, module):
