@@ -6,6 +6,8 @@ Owns which metrics belong on which chart, their titles, units and order. Knows n
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -78,7 +80,7 @@ _PLANS = (
         from_zero=False,
     ),
     _one("loss", "Loss", "loss", "loss", from_zero=False),
-    _one("accuracy", "Accuracy", "fraction of tokens", "accuracy"),
+    _one("perplexity", "Perplexity", "per token", "perplexity"),
     _one("entropy", "Entropy", "nats per token", "entropy"),
     _Plan(
         "length",
@@ -138,7 +140,7 @@ def stage_charts(stage: str, lines: list[MetricsLine]) -> list[Chart]:
     """
     by_step = {line.step: line.values for line in lines if line.stage == stage}
     charts = [chart for plan in _PLANS if (chart := _planned(stage, plan, by_step))]
-    for extra in (_pass_chart(stage, by_step), _grader_chart(stage, by_step)):
+    for extra in (*_grader_values(stage, by_step), _pass_chart(stage, by_step), _grader_chart(stage, by_step)):
         if extra is not None:
             charts.insert(1, extra)
     if (phases := _phase_chart(stage, by_step)) is not None:
@@ -175,11 +177,20 @@ def _pass_chart(stage: str, by_step: dict[int, dict[str, float]]) -> Chart | Non
 
 
 def _grader_chart(stage: str, by_step: dict[int, dict[str, float]]) -> Chart | None:
-    names = _names(by_step, "reward/") - {"reward/mean", "reward/std"}
+    names = {name for name in _names(by_step, "reward/") if name.count("/") == 1} - {"reward/mean", "reward/std"}
     if len(names) < 2:  # a single grader's score is the reward itself
         return None
     series = [_series(by_step, name, name.removeprefix("reward/"), Style.LINE) for name in sorted(names)]
     return Chart(stage, "graders", "Reward by grader", "mean score before weighting", series)
+
+
+def _grader_values(stage: str, by_step: dict[int, dict[str, float]]) -> Iterator[Chart]:
+    """A chart for each further value that a grader returned: no two need have a scale in common."""
+    for name in sorted((name for name in _names(by_step, "reward/") if name.count("/") > 1), reverse=True):
+        grader, _, value = name.removeprefix("reward/").partition("/")
+        series = [_series(by_step, name, value, Style.LINE)]
+        key = "grader-" + re.sub(r"[^\w-]+", "-", f"{grader}-{value}")
+        yield Chart(stage, key, f"{grader}: {value}", "mean, as the grader returned it", series)
 
 
 def _phase_chart(stage: str, by_step: dict[int, dict[str, float]]) -> Chart | None:

@@ -44,6 +44,23 @@ class Change:
     def difference(self) -> float:
         return self.after - self.before
 
+    @property
+    def more_is_better(self) -> bool:
+        """Whether a rise is good news; a length has no better side."""
+        return self.metric == "reward" or self.metric.startswith("pass@")
+
+    @property
+    def is_score(self) -> bool:
+        """Whether more is better; of a length nobody can tell."""
+        return self.metric == "reward" or self.metric.startswith("pass@")
+
+    @property
+    def trend(self) -> str:
+        """`up` or `down`, where one of them is better."""
+        if not self.is_score or self.difference == 0:
+            return ""
+        return "up" if self.difference > 0 else "down"
+
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
@@ -163,7 +180,7 @@ def _read_results(path: Path) -> dict[str, float]:
     """The numbers of a results.json, whatever else it holds."""
     values = json.loads(path.read_text(encoding="utf-8"))
     return {
-        name.removeprefix("eval/"): float(value)
+        name: float(value)
         for name, value in values.items()
         if isinstance(value, int | float) and not isinstance(value, bool)
     }

@@ -121,7 +121,7 @@ def _tiles(content: Content, stages: list[Stage]) -> list[Tile]:
         moved = evaluation.first_step != evaluation.last_step
         detail = f"{stage.name}, step {evaluation.first_step}"
         for change in evaluation.changes:
-            if change.metric == "reward" or change.metric.startswith("pass@"):
+            if change.is_score:
                 label = f"Held-out {change.metric}"
                 before = format_number(change.before, 3) if moved else ""
                 after = f" to {evaluation.last_step}" if moved else ""
