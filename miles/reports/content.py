@@ -45,11 +45,6 @@ class Change:
         return self.after - self.before
 
     @property
-    def more_is_better(self) -> bool:
-        """Whether a rise is good news; a length has no better side."""
-        return self.metric == "reward" or self.metric.startswith("pass@")
-
-    @property
     def is_score(self) -> bool:
         """Whether more is better; of a length nobody can tell."""
         return self.metric == "reward" or self.metric.startswith("pass@")

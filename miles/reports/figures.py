@@ -90,7 +90,7 @@ def _plot(axes: Axes, chart: Chart) -> None:
     axes.grid(axis="y")
     axes.set_axisbelow(True)
     axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
     baseline: list[float] | None = None
     for series, colour in zip(chart.series, _colours(chart), strict=True):
         if series.style is Style.STACKED:

@@ -66,9 +66,7 @@ def write_warmup(paths: RunPaths, steps: int = 40) -> None:
     for step in range(1, steps + 1):
         loss = 2.5 * math.exp(-step / 14) + 0.45 + chance.gauss(0, 0.03)
         values = {"loss": loss, "grad_norm": 0.4 + loss, "lr": 2e-3 * min(1, step / 20)}
-        writer.write(
-            "warmup", step, values | {"accuracy": 1 - loss / 3, "time/step": 0.21, "tokens/total": 1e3}
-        )
+        writer.write("warmup", step, values | {"accuracy": 1 - loss / 3, "time/step": 0.21, "tokens/total": 1e3})
 
 
 def write_training(paths: RunPaths, steps: int = 60) -> None:
@@ -107,9 +105,7 @@ def write_training(paths: RunPaths, steps: int = 60) -> None:
                 "eval/pass@4": min(1, reward + 0.05),
             }
         writer.write("grpo", step, values)
-        write_samples(
-            paths, "grpo", step, [_sample(chance, right=chance.random() < reward) for _ in range(4)]
-        )
+        write_samples(paths, "grpo", step, [_sample(chance, right=chance.random() < reward) for _ in range(4)])
 
 
 def write_results(paths: RunPaths) -> None:

@@ -115,12 +115,14 @@ def _wandb_history(directory: Path) -> list[dict[str, float]]:
 
 
 def _wandb_records(data: bytes) -> list[Any]:
-    """A LevelDB log of one block: a 7-byte header, then records of crc (4 bytes), length (2), type (1), message."""
+    """A LevelDB log of one block: 7 bytes of header, then records of crc (4), length (2), type (1), message."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     records, offset = [], 7
     while offset + 7 <= len(data):
-        (length,) = struct.unpack_from("<H", data, offset + 4)
-        records.append(Record.FromString(data[offset + 7 : offset + 7 + length]))
-        offset += 7 + length
+        end = offset + 7 + struct.unpack_from("<H", data, offset + 4)[0]
+        if end > len(data):
+            break
+        records.append(Record.FromString(data[offset + 7 : end]))
+        offset = end
     return records
