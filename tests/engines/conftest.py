@@ -123,13 +123,17 @@ def tiny_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.fixture(scope="session", params=["embedded", pytest.param("sglang", marks=pytest.mark.sglang)])
+KINDS = [
+    "embedded",
+    *([pytest.param("sglang", marks=pytest.mark.sglang)] if "MILES_SGLANG_PYTHON" in os.environ else []),
+]
+
+
+@pytest.fixture(scope="session", params=KINDS)
 def engine(
     request: pytest.FixtureRequest, tiny_moe: Path, tmp_path_factory: pytest.TempPathFactory, unused_port: int
 ) -> Iterator[Engine]:
     """Each kind of server once per session; the tests leave it as they found it."""
-    if request.param == "sglang" and "MILES_SGLANG_PYTHON" not in os.environ:
-        pytest.skip("MILES_SGLANG_PYTHON does not name a Python that has SGLang (see sglang_cpu/install.sh)")
     run_dir = write_run(tmp_path_factory.mktemp("run"), request.param, tiny_moe)
     process = serve(run_dir, request.param, unused_port)
     server = Engine(request.param, f"http://127.0.0.1:{unused_port}", tiny_moe / "model")

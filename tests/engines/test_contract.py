@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -20,7 +21,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.engines.conftest import CONTEXT, TOKEN, Engine
+from tests.engines.conftest import CONTEXT, KINDS, TOKEN, Engine
 
 PROMPT = [5, 6, 7, 8, 9, 10]
 LONG = {"temperature": 0.0, "max_new_tokens": 300, "ignore_eos": True}
@@ -42,6 +43,13 @@ def routes_of(answer: dict[str, Any]) -> np.ndarray:
     meta = answer["meta_info"]
     rows = meta["prompt_tokens"] + meta["completion_tokens"] - 1
     return np.frombuffer(base64.b64decode(meta["routed_experts"]), "<i4").reshape(rows, 2, 2)
+
+
+@pytest.mark.sglang
+def test_the_suite_runs_against_real_sglang() -> None:
+    if "MILES_SGLANG_PYTHON" not in os.environ:
+        pytest.skip("MILES_SGLANG_PYTHON does not name a Python that has SGLang (tests/engines/sglang_cpu/install.sh)")
+    assert any(getattr(kind, "values", None) == ("sglang",) for kind in KINDS)
 
 
 # Authorization and information
