@@ -109,6 +109,7 @@ def _draw_line(axes: Axes, series: Series, colour: str) -> None:
     faint = series.style is Style.BAND
     points = series.style is Style.POINTS
     few = len(values) <= _MARKER_LIMIT
+    large = points or len(values) == 1
     axes.plot(
         series.steps,
         values,
@@ -117,7 +118,7 @@ def _draw_line(axes: Axes, series: Series, colour: str) -> None:
         linewidth=1.2 if faint else 1.8,
         alpha=0.75 if faint else 1.0,
         marker="o" if points or few else "",
-        markersize=4.5 if points else 2.5,
+        markersize=4.5 if large else 2.5,
         zorder=3 if points else 2,
     )
 
