@@ -25,7 +25,7 @@ SYMBOLS = {
 # Name in metrics.jsonl, label, format.
 KEY_FIGURES = (
     ("reward/mean", "reward", ".3f"),
-    ("accuracy", "accuracy", ".3f"),
+    ("perplexity", "perplexity", ".3f"),
     ("loss", "loss", ".4f"),
     ("response/length_mean", "length", ".1f"),
     ("entropy", "entropy", ".3f"),
@@ -35,7 +35,7 @@ KEY_FIGURES = (
     ("lr", "lr", ".1e"),
     ("time/step", "s/step", ".2f"),
 )
-PLAIN_FIGURES = ("reward/mean", "accuracy", "loss", "response/length_mean", "grad_norm", "time/step")
+PLAIN_FIGURES = ("reward/mean", "perplexity", "loss", "response/length_mean", "grad_norm", "time/step")
 
 _NO_BREAK = "\u00a0"
 _CHART_HEIGHT = 6
@@ -136,12 +136,12 @@ def key_figures(lines: list[MetricsLine]) -> Text:
 
 
 def plain_line(snapshot: Snapshot, line: MetricsLine) -> str:
-    """One training step as one line of a log."""
+    """One training step as one line of a log; step 0 is the evaluation before the first."""
     steps = snapshot.progress.steps if snapshot.progress and snapshot.progress.stage == line.stage else None
     figures = [
         f"{label} {line.values[name]:{form}}"
         for name, label, form in KEY_FIGURES
-        if name in PLAIN_FIGURES and name in line.values
+        if name in PLAIN_FIGURES and name in line.values and line.step > 0
     ]
     figures += [f"{name} {value:.3f}" for name, value in line.values.items() if name.startswith("eval/")]
     return f"{line.stage} {line.step}{f'/{steps}' if steps else ''}: " + "  ".join(figures)

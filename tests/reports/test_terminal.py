@@ -76,6 +76,8 @@ def test_plain_line_holds_the_figures_of_one_step() -> None:
     snapshot = _snapshot()
     line = plain_line(snapshot, snapshot.metrics[-1])
     assert line == "grpo 5/60: reward 0.500  s/step 2.00  eval/pass@1 0.750"
+    before = MetricsLine("grpo", 0, 0.0, {"eval/pass@1": 0.25, "time/step": 40.0})
+    assert plain_line(snapshot, before) == "grpo 0/60: eval/pass@1 0.250", "no training step took these seconds"
 
 
 def test_summary_compares_scores_before_and_after() -> None:
