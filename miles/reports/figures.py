@@ -23,7 +23,7 @@ INK, GRID = "#1b2430", "#dde2e9"
 
 _WIDTH, _HEIGHT = 5.9, 3.0
 """Inches of 72 points: the width of a card on a desktop, so that its text is drawn nearly at size."""
-_BOX, _BOX_TITLED = (0.115, 0.165, 0.865, 0.77), (0.145, 0.165, 0.835, 0.72)
+_BOX, _BOX_TITLED = (0.115, 0.165, 0.865, 0.77), (0.13, 0.165, 0.85, 0.64)
 """Plotting area as fractions of the figure: left, bottom, width, height. Fixed: fitting it to the labels takes
 ten times as long as the drawing."""
 _MARKER_LIMIT = 25
@@ -74,10 +74,19 @@ def draw(chart: Chart) -> Picture:
         first_step, last_step = axes.get_xlim()
 
         axes.set_position(_BOX_TITLED)
-        axes.set_title(f"{chart.title} ({chart.stage})", loc="left", fontsize=12, fontweight="bold")
+        axes.set_title(f"{chart.title} ({chart.stage})", loc="left", fontsize=12, fontweight="bold", pad=24)
         axes.set_ylabel(chart.unit)
         if len(chart.series) > 1:
-            axes.legend(frameon=False, fontsize=9)
+            axes.legend(
+                loc="lower left",
+                bbox_to_anchor=(0, 1),
+                ncols=len(chart.series),
+                frameon=False,
+                fontsize=9,
+                borderpad=0.2,
+                handlelength=1.2,
+                columnspacing=1.2,
+            )
         png = io.BytesIO()
         figure.savefig(png, format="png", dpi=200)
     left, bottom, width, height = _BOX
