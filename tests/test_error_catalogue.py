@@ -253,6 +253,7 @@ def assert_recorded(paths: RunPaths, step: str, reason: EndReason, done: Ended) 
     assert not [path for path in paths.step(step).rglob("*") if path.name in ("config.json", "results.json")]
 
 
+@pytest.mark.timeout(900)  # four starts of engines and ranks, on a machine that may be busy
 def test_step_with_engines_fails_and_goes_on_when_the_cause_is_removed(model: Path, tmp_path: Path) -> None:
     own = tmp_path / "own"
     shutil.copytree(model, own)
@@ -298,6 +299,7 @@ local.threads = 1
     assert (paths.step("check") / "results.json").exists()
 
 
+@pytest.mark.timeout(900)
 def test_supervised_step_fails_and_goes_on_when_the_cause_is_removed(
     model: Path, tmp_path: Path, small_disk: Callable[[str], Path]
 ) -> None:

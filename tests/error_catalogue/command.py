@@ -1,11 +1,13 @@
 """The `miles` command as a user runs it, and the panel that it ends with.
 
 `run_all` runs many commands from one interpreter, forked for each: the same entry point, arguments, streams and exit
-code as the console script, without its start-up.
+code as the console script, without its start-up. All of them must be commands that fail before they do anything.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -14,6 +16,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from miles.cli.main import main
 
@@ -83,6 +86,12 @@ def run_all(commands: Sequence[tuple[Path, Sequence[str]]]) -> list[Ended]:
         ]
 
 
+def _run_here(directory: str, arguments: list[str]) -> NoReturn:
+    os.chdir(directory)
+    sys.argv = ["miles", *arguments]
+    main()
+
+
 def _run_forked(results: Path, number: int, directory: str, arguments: list[str]) -> int:
     pid = os.fork()
     if pid != 0:
@@ -90,17 +99,17 @@ def _run_forked(results: Path, number: int, directory: str, arguments: list[str]
     for descriptor, suffix in ((1, "out"), (2, "err")):
         file = os.open(results / f"{number}.{suffix}", os.O_WRONLY | os.O_CREAT)
         os.dup2(file, descriptor)
-    os.chdir(directory)
-    sys.argv = ["miles", *arguments]
-    main()
+    _run_here(directory, arguments)
+
+
+def _run_requests(results: Path, requests: list[list[str]]) -> list[int]:
+    """The exit codes; the first is run here as well, so that its imports are there in every fork."""
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(SystemExit):
+        _run_here(requests[0][0], requests[0][1:])
+    return [
+        _run_forked(results, number, directory, arguments) for number, (directory, *arguments) in enumerate(requests)
+    ]
 
 
 if __name__ == "__main__":
-    print(
-        json.dumps(
-            [
-                _run_forked(Path(sys.argv[1]), number, directory, arguments)
-                for number, (directory, *arguments) in enumerate(json.load(sys.stdin))
-            ]
-        )
-    )
+    print(json.dumps(_run_requests(Path(sys.argv[1]), json.load(sys.stdin))))
