@@ -39,11 +39,16 @@ format: $(INSTALLED_DEV) ## Format the code and fix what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED) ## Run the benchmarks (minutes)
-	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+bench: $(INSTALLED_DEV) ## Run the benchmarks on this machine (minutes); benchmarks/README.md says what they measure
+	$(BIN)/python benchmarks/engine_ragged.py
+	$(BIN)/python benchmarks/agreement.py --backend megatron
+	$(BIN)/python benchmarks/agreement.py --backend fsdp
 
-docs: $(INSTALLED) ## Regenerate the reference pages from the code
-	$(BIN)/miles config reference > docs/reference/config.md
+docs: $(INSTALLED_DEV) ## Regenerate the pages that are made from the code
+	$(BIN)/python -c 'from miles.config.explain import reference_markdown as page; print(page(), end="")' > $(VENV)/page
+	mv $(VENV)/page docs/reference/config.md
+	$(BIN)/python -m tests.error_catalogue.page > $(VENV)/page
+	mv $(VENV)/page docs/errors.md
 
 clean: ## Remove the virtual environment and caches; runs stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
