@@ -15,6 +15,7 @@ from typing import Any
 from miles.engines.spec import EngineSpec
 from miles.errors import EngineError
 
+PACKAGE = "sglang"
 MODULE = "sglang.launch_server"
 GPU = (
     # The trainer stands on the same GPU: weights and cache must be able to leave it.
@@ -60,7 +61,7 @@ def sglang_arguments(spec: EngineSpec, *, gpu: bool) -> list[str]:
 
 def serve_sglang(arguments: Sequence[str], token: str) -> None:
     """Become an SGLang server that demands `token`; returns when it ends. EngineError when it is not installed."""
-    if importlib.util.find_spec("sglang") is None:
+    if importlib.util.find_spec(PACKAGE) is None:
         raise EngineError(
             "engine.kind is sglang, but SGLang is not installed in this environment",
             fix='install miles-hpc[gpu], or set engine.kind = "embedded"',

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -90,15 +91,17 @@ def _layer_of(name: str) -> int:
 def load_runner(directory: Path, dtype: torch.dtype | Literal["auto"], *, trust_remote_code: bool = False) -> Runner:
     """Open a model directory; EngineError when it is broken or the engine cannot run such a model."""
     try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        _refuse_recurrent(config)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory,
-            config=AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code),
+            config=config,
             dtype=dtype,
             attn_implementation=attention.NAME,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, MemoryError, SafetensorError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise EngineError(
             f"cannot load the model {directory}: {reason}",
@@ -110,7 +113,6 @@ def load_runner(directory: Path, dtype: torch.dtype | Literal["auto"], *, trust_
             f"{directory} has no weight {missing[0]!r}, which its config.json calls for ({len(missing)} are missing)",
             fix="the directory is incomplete or its config.json belongs to another model",
         )
-    _refuse_recurrent(model.config)
     model.eval().requires_grad_(False)
     for parameter in model.parameters():
         # Own memory, so that releasing and updating weights never touches a file's mapping.

@@ -19,8 +19,12 @@ from miles.engines.embedded.scheduler import Limits, Scheduler
 
 VOCABULARY = 300
 SHARED: dict[str, Any] = {
-    "vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "head_dim": 16, "max_position_embeddings": 1024,
-}  # fmt: skip
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 1024,
+}
 
 
 def build(name: str) -> PreTrainedModel:
@@ -35,9 +39,14 @@ def build(name: str) -> PreTrainedModel:
         )
     return Qwen3MoeForCausalLM(
         Qwen3MoeConfig(
-            moe_intermediate_size=48, num_experts=8, num_experts_per_tok=2, num_attention_heads=4,
-            num_key_value_heads=2, norm_topk_prob=True, **SHARED,
-        )  # fmt: skip
+            moe_intermediate_size=48,
+            num_experts=8,
+            num_experts_per_tok=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            norm_topk_prob=True,
+            **SHARED,
+        )
     )
 
 
@@ -91,7 +100,9 @@ def test_decoding_and_reading(runner: Runner, threads: int) -> None:
             assert torch.equal(logits, read[row][position]), (row, position)
 
 
-def generate(runner: Runner, jobs: list[tuple[list[int], SamplingParams]], limits: Limits | None = None) -> list[Answer]:
+def generate(
+    runner: Runner, jobs: list[tuple[list[int], SamplingParams]], limits: Limits | None = None
+) -> list[Answer]:
     scheduler = Scheduler(runner, None, limits or Limits(), eos=[])
     answers: dict[str, Answer] = {}
     for index, (prompt, params) in enumerate(jobs):
