@@ -80,9 +80,7 @@ def changed(place: tuple[str, ...], key: str, value: Any) -> str:
 @example(("steps", "train"), "kind", {"rl": 1})
 @example(("steps", "train"), "needs", [["prepare"]])
 @example(("steps", "train"), "rewards", [{"grader": 3}, 4])
-@settings(
-    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
-)
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
 def test_a_file_gives_a_config_or_problems_with_fixes(
     folder: Path, place: tuple[str, ...], key: str, value: Any
 ) -> None:

@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import os
-import socket
-import subprocess
-import sys
-import time
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +23,7 @@ from miles.rollout.answers import ExpertShape, expert_shape
 from miles.rollout.client import EngineClient, SamplingParams
 from miles.rollout.evaluate import evaluate
 from miles.rollout.manager import RolloutManager
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:

@@ -32,9 +32,7 @@ def test_missing_package_names_the_extra_before_anything_is_written(
     package: str, section: TrackingSection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == package else find_spec(name)
-    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find_spec(name))
     with pytest.raises(ConfigError, match=f"'{package}', which is not installed") as error:
         check_trackers(section)
     assert f"miles-hpc[{package}]" in str(error.value)
@@ -91,9 +89,7 @@ def _scalars(directory: Path) -> dict[str, list[tuple[int, float]]]:
 
     events = EventAccumulator(str(directory))
     events.Reload()
-    return {
-        tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]
-    }
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def _wandb_history(directory: Path) -> list[dict[str, float]]:
@@ -108,9 +104,7 @@ def _wandb_history(directory: Path) -> list[dict[str, float]]:
             break
         time.sleep(0.1)
     histories = [record.history for record in records if record.WhichOneof("record_type") == "history"]
-    rows = [
-        {"/".join(item.nested_key): json.loads(item.value_json) for item in row.item} for row in histories
-    ]
+    rows = [{"/".join(item.nested_key): json.loads(item.value_json) for item in row.item} for row in histories]
     return [{name: value for name, value in row.items() if not name.startswith("_")} for row in rows]
 
 

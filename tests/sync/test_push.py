@@ -99,7 +99,7 @@ def test_a_bucket_that_does_not_arrive_is_noticed(trained, calls):
     with torch.no_grad():
         for parameter in trained.parameters():
             parameter.mul_(1.5)
-    with pytest.raises(EngineError, match="holds other weights than the trainer sent: [1-9]"):
+    with pytest.raises(EngineError, match=r"holds other weights than the trainer sent: [1-9]"):
         sync_of(lose_the_second).push(named_weights(trained), version=8)
 
 
