@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from miles.config.schema import Backend, RlStep, TrainSection
+from miles.config.schema import Backend, ModelSection, RlStep, TrainSection
 from miles.runs.paths import RunPaths
 from miles.training.backend import TrainerBackend
 from miles.training.distributed import StopRequest
@@ -36,15 +36,16 @@ class Context:
         return self.paths.step(self.name)
 
 
-def build_trainer(model_dir: Path, train: TrainSection, seed: int) -> TrainerBackend:
-    """The configured backend with the weights of `model_dir`. Collective."""
+def build_trainer(model: ModelSection, train: TrainSection, context: Context) -> TrainerBackend:
+    """The configured backend with the weights of a step's model. Collective."""
+    model_dir = context.paths.resolve(model.path)
     if train.backend is Backend.MEGATRON:
         from miles.training.megatron.backend import MegatronBackend
 
-        return MegatronBackend(model_dir, train, seed)
+        return MegatronBackend(model_dir, train, context.seed)
     from miles.training.fsdp.backend import FsdpBackend
 
-    return FsdpBackend(model_dir, train, seed)
+    return FsdpBackend(model_dir, train, context.seed, trust_remote_code=model.trust_remote_code)
 
 
 def engine_dtype(step: RlStep) -> torch.dtype:

@@ -51,10 +51,9 @@ class ReinforcementLearning:
             else None
         )
         dist.barrier()
-        model_dir = context.paths.resolve(step.model.path)
-        self._trainer = build_trainer(model_dir, step.train, context.seed)
+        self._trainer = build_trainer(step.model, step.train, context)
         needs_reference = step.algorithm.kl_coef > 0
-        self._reference = build_trainer(model_dir, step.train, context.seed) if needs_reference else None
+        self._reference = build_trainer(step.model, step.train, context) if needs_reference else None
         self._loss = policy_loss(step.algorithm)
         self._sync = WeightSync(
             self._session.post if self._session else None,

@@ -22,8 +22,8 @@ from miles.training.stopwatch import Stopwatch
 def train_supervised(context: Context, step: SftStep) -> None:
     """Run the step; every rank calls it. Each rank reads the data itself: the order is a pure function."""
     train = step.train
-    model, rows = open_demonstrations(step, context.paths)
-    trainer = build_trainer(model.directory, train, context.seed)
+    _, rows = open_demonstrations(step, context.paths)
+    trainer = build_trainer(step.model, train, context)
     recorder = Recorder(context, kind=step.kind, steps=train.steps, tracking=step.tracking)
     watch = Stopwatch()
     for number in range(1, train.steps + 1):

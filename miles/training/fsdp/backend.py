@@ -30,7 +30,7 @@ from miles.training.fsdp.model import build_policy_model, checkpoint_weights
 class FsdpBackend:
     """`TrainerBackend` on FSDP2. Needs the default process group; constructing it is collective."""
 
-    def __init__(self, model_dir: Path, train: TrainSection, seed: int) -> None:
+    def __init__(self, model_dir: Path, train: TrainSection, seed: int, *, trust_remote_code: bool = False) -> None:
         torch.manual_seed(seed)
         rank, ranks = dist.get_rank(), dist.get_world_size()
         self.device = choose_device(train.device)
@@ -39,7 +39,7 @@ class FsdpBackend:
         self._train = train
         self._dtype: torch.dtype = getattr(torch, train.dtype)
         mesh = init_device_mesh(self.device.type, (ranks,))
-        self._model = build_policy_model(model_dir, train, mesh)
+        self._model = build_policy_model(model_dir, train, mesh, trust_remote_code=trust_remote_code)
         self._optimizer = _adamw(self._model, train)
 
     def log_probs(self, micro_batches: list[MicroBatch], temperature: float) -> list[TokenOutputs]:

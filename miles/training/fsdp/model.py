@@ -73,17 +73,24 @@ class ShardedPolicyModel(PolicyModel, FSDPModule):
     """What `fully_shard` makes of a `PolicyModel`; only a type for checkers."""
 
 
-def build_policy_model(model_dir: Path, train: TrainSection, mesh: DeviceMesh) -> ShardedPolicyModel:
+def build_policy_model(
+    model_dir: Path, train: TrainSection, mesh: DeviceMesh, *, trust_remote_code: bool
+) -> ShardedPolicyModel:
     """The model of a Hugging Face directory with float32 parameters, divided over the ranks of `mesh`.
 
     Rank 0 reads the weights and deals out each parameter's shards, so that the others never hold a whole
     model. Collective.
     """
-    config = AutoConfig.from_pretrained(model_dir)
+    config = AutoConfig.from_pretrained(model_dir, trust_remote_code=trust_remote_code)
     _reject_unsupported(config, train)
-    source = _read(model_dir) if mesh.get_rank() == 0 else None
+    source = _read(model_dir, trust_remote_code) if mesh.get_rank() == 0 else None
     with torch.device("meta"):
-        causal_lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=PACKED_ATTENTION)
+        causal_lm = AutoModelForCausalLM.from_config(
+            config,
+            dtype=torch.float32,
+            attn_implementation=PACKED_ATTENTION,
+            trust_remote_code=trust_remote_code,
+        )
     # Evaluation mode for good: dropout would make the ratio of an unchanged policy differ from 1.
     causal_lm.eval()
     model = PolicyModel(causal_lm, chunk_tokens=train.log_prob_chunk_tokens, router_loss=train.moe_aux_loss_coef > 0)
@@ -149,9 +156,11 @@ def _reject_unsupported(config: PretrainedConfig, train: TrainSection) -> None:
         )
 
 
-def _read(model_dir: Path) -> PreTrainedModel:
+def _read(model_dir: Path, trust_remote_code: bool) -> PreTrainedModel:
     """The model on the CPU in float32; DataError where the directory lacks weights."""
-    loaded: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        model_dir, dtype=torch.float32, output_loading_info=True, trust_remote_code=trust_remote_code
+    )
     model, report = loaded
     missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if missing:
