@@ -44,7 +44,8 @@ def submit(
     from miles.reports.watch import watch_run
 
     console = stdout()
-    prepared = prepare_run(file, set_ or [], fresh=fresh)
+    with console.status("checking the run file, the model and the data"):
+        prepared = prepare_run(file, set_ or [], fresh=fresh)
     name = run_argument(prepared.paths.root)
     if prepared.set_aside is not None:
         console.print(f"the earlier run is now {prepared.set_aside}", soft_wrap=True)
