@@ -66,7 +66,7 @@ class Request:
         Positions that are read again after a retraction keep the routes of their first reading.
         """
         new = routes[max(0, self.routed - start) :]
-        self.routes.append(new.clone())
+        self.routes.append(new)
         self.routed += new.shape[0]
 
     def append(self, token: int, log_prob: float, version: str) -> None:

@@ -203,7 +203,8 @@ class Scheduler:
             read += segment.length
             count = len(_asked(request, segment))
             ends = request.stored == request.total
-            self._take_prompt_log_probs(request, segment, result.logits[row : row + count - ends])
+            if count > ends:
+                self._take_prompt_log_probs(request, segment, result.logits[row : row + count - ends])
             row += count
             if ends and request.params.max_new_tokens == 0:
                 request.finish = {"type": "length", "length": 0}
@@ -222,8 +223,6 @@ class Scheduler:
                 self._report(request)
 
     def _take_prompt_log_probs(self, request: Request, segment: Segment, logits: torch.Tensor) -> None:
-        if not len(logits):
-            return
         first = next(iter(_asked(request, segment))) + segment.start + 1
         targets = torch.tensor(request.prompt[first : first + len(logits)])
         log_probs = log_probs_of(logits.float(), targets)
