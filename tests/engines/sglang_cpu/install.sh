@@ -10,7 +10,9 @@ python3 -m venv "$directory"
 pip() { "$directory/bin/python" -m pip --disable-pip-version-check "$@"; }
 pip install --quiet --requirement "$here/requirements.txt"
 pip install --quiet --no-deps sglang==0.5.23 xgrammar==0.2.7 kernels==0.14.1
-pip install --quiet --no-deps "$here/plugin"
+# A copy: building writes beside the sources.
+cp -r "$here/plugin" "$directory/plugin"
+pip install --quiet --no-deps "$directory/plugin"
 MILES_STAND_INS=$(tr '\n' ',' <"$here/stand-ins.txt") SGLANG_USE_CPU_ENGINE=1 PYTHONPATH="$here" \
     "$directory/bin/python" -c "import sglang.srt.entrypoints.http_server"
 echo "SGLang is ready: MILES_SGLANG_PYTHON=$directory/bin/python"
