@@ -95,3 +95,20 @@ def pack(sequences: list[Sequence], indices: list[int]) -> MicroBatch:
         indices=list(indices),
         routed_experts=[row.routed_experts for row in rows],
     )
+
+
+def unpack(micro_batch: MicroBatch) -> list[Sequence]:
+    """The sequences of a micro-batch on their own again: `unpack(pack(rows, range(len(rows))))` equals `rows`."""
+    lengths = micro_batch.lengths
+    fields = {name: value.split(lengths) for name, value in micro_batch.extras.items()}
+    parts = zip(
+        micro_batch.tokens.split(lengths),
+        micro_batch.loss_mask.split(lengths),
+        micro_batch.weights.split(lengths),
+        micro_batch.routed_experts,
+        strict=True,
+    )
+    return [
+        Sequence(tokens, mask, weights, {name: split[i] for name, split in fields.items()}, routes)
+        for i, (tokens, mask, weights, routes) in enumerate(parts)
+    ]

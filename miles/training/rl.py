@@ -14,7 +14,7 @@ import torch.distributed as dist
 from miles.algorithms.losses import policy_loss, token_means
 from miles.algorithms.mismatch import NO_MISMATCH, Mismatch, measure_mismatch
 from miles.config.schema import RlStep
-from miles.data.batch import MicroBatch, Sequence
+from miles.data.batch import MicroBatch, pack, unpack
 from miles.data.packing import rank_micro_batches
 from miles.data.sample import Group
 from miles.engines.serve import choose_kind, has_gpu
@@ -98,7 +98,7 @@ class ReinforcementLearning:
     def make_batches(self, groups: list[Group], step: int) -> Updates:
         """This rank's micro-batches of each optimizer update, with advantages and loss weights."""
         built = self._build(groups, step) if self._context.is_rank_zero else None
-        updates = from_rank_zero(built)
+        updates = [unpack(packed) for packed in from_rank_zero(built)]
         self._values["tokens/total"] = sum(len(row) for rows in updates for row in rows)
         budget = self._step.train.max_tokens_per_micro_batch
         return [rank_micro_batches(rows, budget, self._trainer.layout) for rows in updates]
@@ -167,14 +167,16 @@ class ReinforcementLearning:
         if self._session is not None:
             self._session.close()
 
-    def _build(self, groups: list[Group], step: int) -> list[list[Sequence]]:
-        return build_updates(
+    def _build(self, groups: list[Group], step: int) -> list[MicroBatch]:
+        """The rows of each update, packed: a few large tensors are broadcast faster than thousands of small ones."""
+        updates = build_updates(
             groups,
             self._step.algorithm,
             updates=self._step.train.updates_per_step,
             max_response_tokens=self._step.rollout.max_response_tokens,
             seed=self._context.seed + step,
         )
+        return [pack(rows, list(range(len(rows)))) for rows in updates]
 
     def _on_progress(self, step: int, phase: str) -> Callable[[int, int], None]:
         return lambda done, total: self._recorder.progress(step, phase, done, total)
