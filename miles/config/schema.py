@@ -373,9 +373,7 @@ class EvalStep(StepBase):
 
 
 class ReportStep(StepBase):
-    """The report of the run; without `needs` it needs all other steps. Output: report.html and PNGs."""
-
-    outputs: ClassVar[tuple[str, ...]] = ("report.html",)
+    """The report of the run, in its directory report/; without `needs` it needs all other steps."""
 
     kind: Literal["report"]
 

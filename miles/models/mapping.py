@@ -21,9 +21,7 @@ from typing import Any
 import torch
 
 from miles.errors import ConfigError, DataError, did_you_mean
-
-FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")
-"""`model_type` of the configs that can be mapped."""
+from miles.models.families import MEGATRON_FAMILIES
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +53,10 @@ class Geometry:
 def geometry_of(config: Any) -> Geometry:
     """The geometry of a `transformers` config; `DataError` where it asks for what the mapping cannot keep."""
     family = config.model_type
-    if family not in FAMILIES:
+    if family not in MEGATRON_FAMILIES:
         raise DataError(
-            f"model_type {family!r} cannot be mapped to megatron-core{did_you_mean(family, FAMILIES)}",
-            fix=f'use one of {", ".join(FAMILIES)}, or train.backend = "fsdp"',
+            f"model_type {family!r} cannot be mapped to megatron-core{did_you_mean(family, MEGATRON_FAMILIES)}",
+            fix=f'use one of {", ".join(MEGATRON_FAMILIES)}, or train.backend = "fsdp"',
         )
     _require(config, family)
     experts = config.num_experts if family == "qwen3_moe" else 0
