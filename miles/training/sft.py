@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import replace
 
 from miles.algorithms.aggregation import token_weights
@@ -24,32 +25,33 @@ def train_supervised(context: Context, step: SftStep) -> None:
     train = step.train
     _, rows = open_demonstrations(step, context.paths)
     trainer = build_trainer(step.model, train, context)
-    recorder = Recorder(context, kind=step.kind, steps=train.steps, tracking=step.tracking)
-    watch = Stopwatch()
-    for number in range(1, train.steps + 1):
-        if context.stop.agreed():
-            raise Interrupted(f"stopped before step {number} of {train.steps} of '{context.name}'")
-        recorder.progress(number, "update")
-        draws = prompts_of_step(len(rows), train.batch_size, number - 1, seed=context.seed, shuffle=step.data.shuffle)
-        batch = weighted([rows[draw.index] for draw in draws])
-        micro_batches = rank_micro_batches(batch, train.max_tokens_per_micro_batch, trainer.layout)
-        lr = learning_rate(train, number)
-        stats = trainer.update(micro_batches, sft_loss, lr=lr, temperature=1.0)
-        nll = token_means(stats.metrics)["nll"]
-        recorder.metrics(
-            number,
-            {
-                "loss": stats.loss,
-                "perplexity": perplexity(nll),
-                "grad_norm": stats.grad_norm,
-                "lr": lr,
-                "tokens/total": sum(len(row) for row in batch),
-                **watch.take(),
-            },
-        )
-    recorder.progress(train.steps, "save")
-    write_model(trainer, context.output)
-    recorder.close()
+    with closing(Recorder(context, kind=step.kind, steps=train.steps, tracking=step.tracking)) as recorder:
+        watch = Stopwatch()
+        for number in range(1, train.steps + 1):
+            if context.stop.agreed():
+                raise Interrupted(f"stopped before step {number} of {train.steps} of '{context.name}'")
+            recorder.progress(number, "update")
+            draws = prompts_of_step(
+                len(rows), train.batch_size, number - 1, seed=context.seed, shuffle=step.data.shuffle
+            )
+            batch = weighted([rows[draw.index] for draw in draws])
+            micro_batches = rank_micro_batches(batch, train.max_tokens_per_micro_batch, trainer.layout)
+            lr = learning_rate(train, number)
+            stats = trainer.update(micro_batches, sft_loss, lr=lr, temperature=1.0)
+            nll = token_means(stats.metrics)["nll"]
+            recorder.metrics(
+                number,
+                {
+                    "loss": stats.loss,
+                    "perplexity": perplexity(nll),
+                    "grad_norm": stats.grad_norm,
+                    "lr": lr,
+                    "tokens/total": sum(len(row) for row in batch),
+                    **watch.take(),
+                },
+            )
+        recorder.progress(train.steps, "save")
+        write_model(trainer, context.output)
 
 
 def weighted(rows: list[Sequence]) -> list[Sequence]:
