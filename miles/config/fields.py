@@ -37,6 +37,8 @@ SECTIONS: dict[str, type[Section]] = {
     "train": schema.TrainSection,
     "engine": schema.EngineSection,
     "eval": schema.EvalSection,
+    "checkpoint": schema.CheckpointSection,
+    "journal": schema.JournalSection,
     "local": schema.LocalSection,
     "tracking": schema.TrackingSection,
 }

@@ -133,7 +133,20 @@ class RolloutSection(Section):
     request_timeout: PositiveFloat = 1800.0
     """Seconds after which a generation request counts as lost and is tried again."""
     max_retries: NonNegativeInt = 3
-    """How often one request is tried again before the run stops."""
+    """How often one request is tried again before its prompt is quarantined."""
+    over_sampling: Annotated[float, Field(ge=1.0, le=2.0)] = 1.0
+    """Groups generated at once, as a multiple of prompts_per_step. Above 1 the step closes when prompts_per_step groups
+    are done; the others are kept as they are and continued in the next step (partial rollout)."""
+    max_staleness: PositiveInt = 2
+    """Steps that a kept group may lie behind: one that has waited so long must be finished before a step closes."""
+    off_policy_tokens: Literal["correct", "mask"] = "correct"
+    """Tokens that older weights sampled: trained on with algorithm.importance_correction, or left out of the loss."""
+    filter: Literal["none", "zero-variance"] = "none"
+    """`zero-variance`: a group whose rewards are all equal is dropped and another prompt drawn (DAPO, 2503.14476)."""
+    max_filtered: NonNegativeFloat = 3.0
+    """Groups that one step may drop, as a multiple of prompts_per_step; after that it trains on whatever comes."""
+    max_quarantined: NonNegativeInt = 16
+    """Prompts of a run that may be set aside because no engine can serve them; one more stops the run."""
 
 
 class Aggregation(StrEnum):
@@ -247,6 +260,10 @@ class EngineSection(Section):
     """Size of the buckets in which weights travel from the trainer to the engine."""
     verify_sync: bool = True
     """Compare checksums of the engine's and the trainer's tensors after every sync (embedded engine)."""
+    max_restarts: NonNegativeInt = 3
+    """How often each server is started again in one attempt when it dies or hangs."""
+    hang_timeout: PositiveFloat = 120.0
+    """Seconds without an answer to a health check after which a server counts as hung."""
     extra_args: list[str] = []
     """Further command-line arguments of the SGLang server."""
 
@@ -270,6 +287,32 @@ class EvalSection(Section):
     """Evaluate on the first that many prompts only."""
 
 
+class CheckpointSection(Section):
+    """When the trainer's state is saved, and which of its checkpoints are kept."""
+
+    every: Literal["auto"] | PositiveInt = "auto"
+    """Training steps between checkpoints; `auto`: by the measured cost of a save and the rate of failures (Daly 2006)."""
+    mtbf_hours: PositiveFloat = 12.0
+    """Expected hours between interruptions, for `auto`; the run's own ledger corrects it."""
+    asynchronous: bool = True
+    """Write in the background: the training step waits only until the state is copied."""
+    keep_last: PositiveInt = 2
+    """Newest checkpoints that are kept."""
+    keep_every: NonNegativeInt = 0
+    """Keep the checkpoints of steps divisible by this for good; 0: none."""
+    keep_best: str | None = None
+    """Keep the checkpoint with the highest value of this metric as well, for example `eval/reward`."""
+
+
+class JournalSection(Section):
+    """The journal of rollouts: what was generated is on disk before anybody depends on it."""
+
+    flush_seconds: PositiveFloat = 5.0
+    """Finished and partial responses reach the disk this often; a killed run loses at most this much generation."""
+    keep: Literal["needed", "all"] = "needed"
+    """`needed`: back to the oldest kept checkpoint; `all`: every step of the run."""
+
+
 class LocalSection(Section):
     """Processes of `miles submit --local`."""
 
@@ -279,6 +322,8 @@ class LocalSection(Section):
     """Inference servers."""
     threads: PositiveInt | None = None
     """CPU threads of each trainer and engine process; not set: all cores (they work in turns)."""
+    time_limit_minutes: PositiveFloat | None = None
+    """End each attempt in time, with everything saved, before it has run that long; not set: no limit."""
 
 
 class TrackingSection(Section):
@@ -336,6 +381,7 @@ class SftStep(StepBase):
     model: ModelSection
     data: DataSection
     train: TrainSection = Field(default_factory=TrainSection)
+    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
     local: LocalSection = Field(default_factory=LocalSection)
     tracking: TrackingSection = Field(default_factory=TrackingSection)
 
@@ -354,6 +400,8 @@ class RlStep(StepBase):
     train: TrainSection = Field(default_factory=TrainSection)
     engine: EngineSection = Field(default_factory=EngineSection)
     eval: EvalSection = Field(default_factory=EvalSection)
+    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
+    journal: JournalSection = Field(default_factory=JournalSection)
     local: LocalSection = Field(default_factory=LocalSection)
     tracking: TrackingSection = Field(default_factory=TrackingSection)
 

@@ -54,6 +54,7 @@ class Sample:
     """Unsigned [prompt + response - 1, layers, top_k]; None for dense models or when not recorded."""
     text: str = ""
     finish_reason: FinishReason | None = None
+    """None: not finished, a partial response that can be continued."""
     reward: float | None = None
     reward_parts: dict[str, float] = field(default_factory=dict)
     """Score of each grader before weighting, by grader name."""
@@ -73,6 +74,21 @@ class Group:
 
     prompt: Prompt
     samples: list[Sample]
+    position: int = 0
+    """Place in the endless sequence of draws (`miles.data.order`): who a group is, for the whole of a run."""
+    epoch: int = 0
+    """How often the data was used up before it was drawn; part of its samples' seeds."""
+    born: int = 0
+    """Training step in which it was drawn; the difference to the step that trains on it is its staleness."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether every sample has its last token; graded or not."""
+        return all(sample.finish_reason is not None for sample in self.samples)
+
+    @property
+    def graded(self) -> bool:
+        return all(sample.reward is not None for sample in self.samples)
 
 
 def sample_seed(run_seed: int, prompt_id: str, index: int, epoch: int = 0) -> int:

@@ -49,6 +49,23 @@ class RunPaths:
         """Directory of the steps' outputs."""
         return self.root / "steps"
 
+    def checkpoints(self, stage: str) -> Path:
+        """Directory of a stage's checkpoints."""
+        return self.root / "checkpoints" / stage
+
+    def journal(self, stage: str) -> Path:
+        """Directory of a stage's rollout journal."""
+        return self.root / "journal" / stage
+
+    @property
+    def save_request(self) -> Path:
+        """Exists while somebody waits for a checkpoint (`miles save`)."""
+        return self.root / "save-request"
+
+    def engines(self, attempt: int) -> Path:
+        """Where the engines of an attempt are (`miles.runs.endpoints`)."""
+        return self.logs(attempt) / "engines.json"
+
     @property
     def secrets(self) -> Path:
         """Directory (0700) of the run's secrets."""

@@ -56,6 +56,20 @@ class UpdateStats:
     """Sums over all micro-batches and data-parallel ranks of what the loss function reported."""
 
 
+class PendingSave(Protocol):
+    """State that is copied out of the trainer and not yet on disk."""
+
+    def write(self) -> None:
+        """Write this rank's files. Runs in a background thread while the trainer goes on: no collective operation of
+        the default process group, and nothing that the trainer changes. Raises OSError as the disk does.
+        """
+        ...
+
+    def finalize(self) -> None:
+        """Complete the save after every rank's `write` has returned. Collective, in the main thread, quick."""
+        ...
+
+
 class TrainerBackend(Protocol):
     """A model with an optimizer, spread over the ranks of the default process group."""
 
@@ -81,4 +95,15 @@ class TrainerBackend(Protocol):
 
     def save_hf(self, directory: Path) -> None:
         """Write a Hugging Face model directory (weights, config, tokenizer) that `from_pretrained` opens."""
+        ...
+
+    def begin_save(self, directory: Path) -> PendingSave:
+        """Copy weights, optimizer states and whatever else an update depends on, to be written into `directory`.
+
+        Collective; `directory` exists and all ranks see it. Returns as soon as the trainer may change its state again.
+        """
+        ...
+
+    def load_state(self, directory: Path) -> None:
+        """Take over a state that `begin_save` wrote, under this or any other layout of this backend. Collective."""
         ...
