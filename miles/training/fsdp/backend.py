@@ -25,6 +25,7 @@ from miles.models.checkpoint import write_model
 from miles.training.backend import Layout, LossFunction, TokenOutputs, UpdateStats
 from miles.training.distributed import choose_device
 from miles.training.fsdp.model import build_policy_model, checkpoint_weights
+from miles.training.fsdp.state import PendingState, load_state, trainer_state
 
 
 class FsdpBackend:
@@ -92,6 +93,14 @@ class FsdpBackend:
             for _ in weights:
                 pass
         dist.barrier()
+
+    def begin_save(self, directory: Path) -> PendingState:
+        """As `TrainerBackend.begin_save`; see `miles.training.fsdp.state` for the files."""
+        return PendingState(directory, trainer_state(self._model.causal_lm, self._optimizer))
+
+    def load_state(self, directory: Path) -> None:
+        """As `TrainerBackend.load_state`, from any number of ranks. Raises RunError for a state of another model."""
+        load_state(directory, trainer_state(self._model.causal_lm, self._optimizer))
 
     def _balance_factors(self, micro_batches: list[MicroBatch]) -> list[float]:
         """Weight of each micro-batch's balancing loss: its share of all tokens times the coefficient."""

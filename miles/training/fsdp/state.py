@@ -1,0 +1,213 @@
+"""The state of the FSDP2 trainer on disk: float32 master weights and AdamW's moments and step counts, sharded.
+
+Owns names, copying out, and what is refused on loading. Files, plans and resharding are torch.distributed.checkpoint's
+(DCP): rank r writes `__{r}_0.distcp` in `write`, rank 0 writes `.metadata` in `finalize`; nothing touches the disk
+before. Hyperparameters (learning rate, betas, decay) are not part of the state: they are the run file's.
+
+The optimizer is read directly, not through DCP's `get_optimizer_state_dict`: that takes an empty step with an optimizer
+that has no states yet, after which AdamW's bias correction is one step ahead of an uninterrupted run, and on loading it
+would put the saved hyperparameters in place of the configured ones.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.tensor import DTensor
+
+from miles.errors import RunError
+from miles.training.distributed import raise_together
+
+T = TypeVar("T")
+
+WEIGHTS = "weights/"
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_STEP = "step"
+
+
+class PendingState:
+    """As `PendingSave`: host copies of this rank's shards, and the plan of who writes what."""
+
+    def __init__(self, directory: Path, state: dict[str, torch.Tensor]) -> None:
+        """Collective. Nothing of `state` is used after it."""
+        self._planner = _CopyPlanner(_host_copies(state))
+        self._planner.set_up_planner(state, is_coordinator=dist.get_rank() == 0)
+        # Copying ahead would synchronize the trainer's CUDA stream with each tensor that is written.
+        self._writer = dcp.FileSystemWriter(directory, per_thread_copy_ahead=0)
+        self._writer.set_up_storage_writer(dist.get_rank() == 0, rank=dist.get_rank())
+        self._plan, self._metadata = self._agree_on_plan()
+        self._results: list[WriteResult] = []
+
+    def write(self) -> None:
+        """Write and fsync this rank's file. Raises OSError."""
+        self._results = self._writer.write_data(self._plan, self._planner).wait()
+
+    def finalize(self) -> None:
+        """Write `.metadata`, which says where each part of each tensor is. Raises OSError, on every rank."""
+        everyone = _gather(self._results)
+        error = None
+        if everyone is not None:
+            assert self._metadata is not None
+            try:
+                self._writer.finish(self._metadata, everyone)
+            except OSError as refused:
+                error = refused
+        raise_together(error)
+
+    def _agree_on_plan(self) -> tuple[SavePlan, Metadata | None]:
+        """This rank's part of the plan; on rank 0 the metadata of the whole."""
+        plans = _gather(self._planner.create_local_plan())
+        parts: list[SavePlan] | None = None
+        metadata = None
+        if plans is not None:
+            parts, metadata = self._planner.create_global_plan(plans)
+            parts = self._writer.prepare_global_plan(parts)
+        mine: list[SavePlan | None] = [None]
+        dist.scatter_object_list(mine, parts, src=0)
+        assert mine[0] is not None
+        return self._planner.finish_plan(mine[0]), metadata
+
+
+def trainer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Everything that an update changes, by name; tied parameters once. The tensors are the trainer's own.
+
+    `weights/NAME`, `exp_avg/NAME` and `exp_avg_sq/NAME` are sharded as the parameter is, `step/NAME` is a scalar.
+    States that AdamW would make in its first step are made here, as it does.
+    """
+    state: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        states = optimizer.state[parameter]
+        if not states:
+            states[_STEP] = torch.zeros((), dtype=torch.float32)
+            states.update({moment: torch.zeros_like(parameter) for moment in _MOMENTS})
+        state[f"{WEIGHTS}{name}"] = parameter.detach()
+        for kind in (*_MOMENTS, _STEP):
+            state[f"{kind}/{name}"] = states[kind].detach()
+    return state
+
+
+def load_state(directory: Path, state: dict[str, torch.Tensor]) -> None:
+    """Read the tensors of `state` in place, whatever number of ranks wrote them. Collective.
+
+    Raises RunError, before anything is changed, where the names or shapes on disk are others; RunError for files that
+    are damaged and OSError as the disk does, after which the trainer is of no use.
+    """
+    error: RunError | OSError | None = None
+    if dist.get_rank() == 0:
+        try:
+            error = difference(directory, _read_metadata(directory), state)
+        except (RunError, OSError) as refused:
+            error = refused
+    raise_together(error)
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    try:
+        dcp.load(state, storage_reader=dcp.FileSystemReader(directory), planner=planner)
+    except CheckpointException as failure:
+        raise _first_cause(directory, failure) from failure
+
+
+def difference(directory: Path, saved: Metadata, state: dict[str, torch.Tensor]) -> RunError | None:
+    """What stands against loading: states of another backend or model, named; None when nothing does."""
+    there = {
+        name: tuple(entry.size) if isinstance(entry, TensorStorageMetadata) else None
+        for name, entry in saved.state_dict_metadata.items()
+    }
+    here = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if not any(name.startswith(WEIGHTS) for name in there):
+        return RunError(
+            f"{directory} holds no state of the fsdp backend",
+            fix="set train.backend to the one that wrote it, or begin a new run",
+        )
+    parts = [
+        _named("it lacks", [name for name in here if name not in there]),
+        _named("the model does not have", [name for name in there if name not in here]),
+        _named(
+            "of another shape are",
+            [
+                f"{name} ({there[name]}, here {here[name]})"
+                for name in here
+                if there.get(name, here[name]) != here[name]
+            ],
+        ),
+    ]
+    problems = "; ".join(part for part in parts if part)
+    if not problems:
+        return None
+    return RunError(
+        f"{directory} is the state of another model: {problems}",
+        fix="resume with the model that the run began with (model.path), or begin a new run",
+    )
+
+
+class _CopyPlanner(DefaultSavePlanner):
+    """Plans by the layout of the trainer's tensors and writes their host copies."""
+
+    def __init__(self, copies: dict[str, torch.Tensor]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._copies = copies
+
+    def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
+        return self._copies[index.fqn]
+
+
+def _host_copies(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """This rank's shards in memory of their own on the host."""
+    copies = {}
+    for name, tensor in state.items():
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        copy = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
+        copies[name] = copy.copy_(local, non_blocking=True)
+    if torch.cuda.is_initialized():
+        torch.cuda.current_stream().synchronize()
+    return copies
+
+
+def _read_metadata(directory: Path) -> Metadata:
+    try:
+        return dcp.FileSystemReader(directory).read_metadata()
+    except FileNotFoundError as error:
+        raise RunError(
+            f"{directory} holds no trainer state: .metadata is missing",
+            fix="resume from another checkpoint, or begin a new run",
+        ) from error
+    except OSError:
+        raise
+    except Exception as error:  # a damaged pickle raises whatever its bytes happen to mean
+        raise _damaged(directory, error) from error
+
+
+def _first_cause(directory: Path, failure: CheckpointException) -> OSError | RunError:
+    """The error behind DCP's report of all ranks: the disk's own where there is one."""
+    causes = [cause for cause, _ in failure.failures.values()]
+    return next((cause for cause in causes if isinstance(cause, OSError)), _damaged(directory, causes[0]))
+
+
+def _damaged(directory: Path, error: BaseException) -> RunError:
+    return RunError(
+        f"the trainer state in {directory} cannot be read: {type(error).__name__}: {error}",
+        fix="the files are damaged or of another version of PyTorch: resume from another checkpoint",
+    )
+
+
+def _named(what: str, names: list[str]) -> str:
+    """`it lacks 12 tensors (the first: a, b, c)`; empty when there are none."""
+    if not names:
+        return ""
+    return f"{what} {len(names)} tensor{'s' * (len(names) > 1)} (first: {', '.join(names[:3])})"
+
+
+def _gather(value: T) -> list[T] | None:
+    """Everybody's value, by rank, on rank 0."""
+    everyone: list[T] | None = [value] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, everyone, dst=0)
+    return everyone
