@@ -53,6 +53,10 @@ class UnknownRouteError(EngineError):
     """An engine of another version does not know an HTTP route."""
 
 
+class EngineLost(EngineError):
+    """An engine is gone or does not answer; another one may take its place."""
+
+
 class TrainerError(MilesError):
     """A trainer rank failed."""
 

@@ -10,18 +10,19 @@ Owns the transfer only; the weights belong to the trainer, their names to `miles
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from miles.errors import EngineError, UnknownRouteError
+from miles.errors import EngineError, EngineLost, UnknownRouteError
 from miles.sync.checksum import checksum
 from miles.sync.wire import Bucket, NamedTensors
 
-Post = Callable[[str, list[dict]], list[dict]]
-"""`post(path, bodies)`: send bodies[i] to engine i, all at once; the answers in the same order."""
+Post = Callable[[str, list[dict], list[int]], list[dict | EngineLost]]
+"""`post(path, bodies, engines)`: send bodies[i] to engines[i], all at once; the answers in the same order. An engine
+that is gone answers with the EngineLost that says so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,8 @@ class SyncStats:
     tensors: int
     bytes: int
     seconds: float
+    reached: tuple[int, ...]
+    """Engines that hold the weights now; those that were lost on the way are missing. Empty on ranks other than 0."""
 
 
 class WeightSync:
@@ -42,14 +45,16 @@ class WeightSync:
         self._dtype = dtype
         self._bucket_bytes = bucket_bytes
         self._verify = verify
+        self._reached: list[int] = []
 
-    def push(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> SyncStats:
-        """Send all weights, cast to the engines' type, as `version`. Collective.
+    def push(self, weights: Iterable[tuple[str, torch.Tensor]], version: int, engines: Sequence[int]) -> SyncStats:
+        """Send all weights, cast to the engines' type, as `version` to some of the engines. Collective.
 
-        The engines must be idle (SGLang's caches are flushed with the last bucket). Raises EngineError when an engine
-        refuses a bucket, or when it then holds other bits than were sent.
+        These engines must be idle (SGLang's caches are flushed with the last bucket). One that dies meanwhile is left
+        out. Raises EngineError when an engine refuses a bucket, or when it then holds other bits than were sent.
         """
         start = time.perf_counter()
+        self._reached = list(engines)
         checksums: dict[str, str] = {}
         tensors = total = 0
         bracketed = self._begin()
@@ -61,14 +66,15 @@ class WeightSync:
                 checksums.update({name: checksum(tensor) for name, tensor in named})
             self._send_bucket(bucket, version, flush_cache=last)
         if bracketed:
-            self._send("/end_weight_update", {})
+            self._send("/end_weight_update", lambda _: {})
         self._check(checksums)
-        return SyncStats(tensors=tensors, bytes=total, seconds=time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        return SyncStats(tensors=tensors, bytes=total, seconds=seconds, reached=tuple(self._reached))
 
     def _begin(self) -> bool:
         """Announce the update; False where the engines, SGLang before 0.5.23, need no announcement."""
         try:
-            self._send("/begin_weight_update", {})
+            self._send("/begin_weight_update", lambda _: {})
         except UnknownRouteError:
             return False
         return True
@@ -79,21 +85,21 @@ class WeightSync:
 
     def _send_bucket(self, bucket: Bucket, version: int, *, flush_cache: bool) -> None:
         handles = self._handles(bucket)
-        if self._post is None or handles is None:
+        if handles is None:
             return
         per_engine = len(handles) // self._engines if bucket.buffer.is_cuda else 0
-        bodies = [
-            {
-                "serialized_named_tensors": handles[i * per_engine : (i + 1) * per_engine] or handles,
+
+        def body(engine: int) -> dict:
+            return {
+                "serialized_named_tensors": handles[engine * per_engine : (engine + 1) * per_engine] or handles,
                 "load_format": "flattened_bucket",
                 "flush_cache": flush_cache,
                 "weight_version": str(version),
             }
-            for i in range(self._engines)
-        ]
-        for index, answer in enumerate(self._post("/update_weights_from_tensor", bodies)):
+
+        for engine, answer in self._send("/update_weights_from_tensor", body):
             if not answer.get("success"):
-                raise EngineError(f"engine {index} refused weights of version {version}: {answer.get('message')}")
+                raise EngineError(f"engine {engine} refused weights of version {version}: {answer.get('message')}")
 
     def _handles(self, bucket: Bucket) -> list[str] | None:
         """On rank 0, one handle per trainer rank (GPU) or one for all (CPU)."""
@@ -104,20 +110,27 @@ class WeightSync:
         dist.gather_object(bucket.dumps(), gathered, dst=0)
         return gathered
 
-    def _send(self, path: str, body: dict) -> None:
-        if self._post is not None:
-            self._post(path, [body] * self._engines)
+    def _send(self, path: str, body: Callable[[int], dict]) -> list[tuple[int, dict]]:
+        """POST body(engine) to every engine that is still there; the answers of those that remain."""
+        if self._post is None or not self._reached:
+            return []
+        answers = self._post(path, [body(engine) for engine in self._reached], self._reached)
+        given = [
+            (e, answer) for e, answer in zip(self._reached, answers, strict=True) if not isinstance(answer, EngineLost)
+        ]
+        self._reached = [engine for engine, _ in given]
+        return given
 
     def _check(self, sent: dict[str, str]) -> None:
         """Compare the engines' own checksums with those of what was sent, name by name."""
-        if self._post is None or not self._verify:
+        if not self._verify:
             return
-        for index, answer in enumerate(self._post("/weights_checker", [{"action": "checksum"}] * self._engines)):
+        for engine, answer in self._send("/weights_checker", lambda _: {"action": "checksum"}):
             held = answer["ranks"][0]["checksums"]
             wrong = sorted(name for name in sent.keys() | held.keys() if sent.get(name) != held.get(name))
             if wrong:
                 raise EngineError(
-                    f"engine {index} holds other weights than the trainer sent: {len(wrong)} of {len(held)} tensors "
+                    f"engine {engine} holds other weights than the trainer sent: {len(wrong)} of {len(held)} tensors "
                     f"differ, first {wrong[0]}"
                 )
 

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from miles.config.schema import Backend, ModelSection, RlStep, TrainSection
+from miles.runs.claim import Fence
 from miles.runs.paths import RunPaths
 from miles.training.backend import TrainerBackend
 from miles.training.distributed import StopRequest
@@ -24,7 +25,10 @@ class Context:
     paths: RunPaths
     device: torch.device
     stop: StopRequest
-    engine_urls: list[str]
+    attempt: int
+    fence: Fence
+    engines_file: Path
+    """Where the engines are (`miles.runs.endpoints`)."""
 
     @property
     def is_rank_zero(self) -> bool:

@@ -5,8 +5,10 @@ Owns no model parallelism; each backend builds its own groups on top of the defa
 
 from __future__ import annotations
 
+import math
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -22,6 +24,9 @@ T = TypeVar("T")
 
 RANK_TIMEOUT = timedelta(days=7)
 """Ranks wait for rank 0 as long as generation takes; the supervisor, not a timeout, notices a dead rank."""
+
+END_MARGIN_SECONDS = 10.0
+"""What an orderly end takes beside the last save: partial responses come back, processes go."""
 
 
 def choose_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
@@ -56,16 +61,57 @@ def from_rank_zero(value: T | None) -> T:
     return box[0]  # type: ignore[return-value]
 
 
-class StopRequest:
-    """Remembers SIGTERM, SIGINT, SIGUSR1 and SIGUSR2. Handlers only set a flag; the loop asks at its boundaries."""
+def raise_together(error: Exception | None) -> None:
+    """Raise on every rank when any rank has an error: its own where it has one, else a copy. Collective.
 
-    def __init__(self) -> None:
-        self.requested = False
+    A rank that raised alone would leave the others waiting in their next collective operation.
+    """
+    errors: list[Exception | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    first = error or next((other for other in errors if other is not None), None)
+    if first is not None:
+        raise first
+
+
+class StopRequest:
+    """Whether this attempt should end: it got SIGTERM, SIGINT, SIGUSR1 or SIGUSR2, or its time is nearly over.
+
+    Handlers only set a flag; the loop asks at its boundaries.
+    """
+
+    def __init__(self, *, deadline: float | None = None, grace_seconds: float = math.inf) -> None:
+        """`deadline` in Unix seconds; `grace_seconds` are left after a signal until the process is killed."""
+        self.last_save_seconds = 0.0
+        """How much before the deadline the end must begin: what the last save is expected to take."""
+        self._deadline = math.inf if deadline is None else deadline
+        self._grace_seconds = grace_seconds
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, self._remember)
+        self._signalled = False
+
+    @classmethod
+    def from_environment(cls) -> StopRequest:
+        """As the supervisor says in MILES_DEADLINE and MILES_GRACE_SECONDS."""
+        deadline = os.environ.get("MILES_DEADLINE")
+        return cls(
+            deadline=float(deadline) if deadline else None,
+            grace_seconds=float(os.environ.get("MILES_GRACE_SECONDS", "inf")),
+        )
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
+        if not self._signalled:
+            self._signalled = True
+            self._deadline = min(self._deadline, time.time() + self._grace_seconds)
+
+    @property
+    def requested(self) -> bool:
+        """Whether this rank knows of a reason to end."""
+        return self._signalled or self.seconds_left < END_MARGIN_SECONDS + 2 * self.last_save_seconds
+
+    @property
+    def seconds_left(self) -> float:
+        """Until this process is killed, as far as it knows."""
+        return self._deadline - time.time()
 
     def agreed(self) -> bool:
         """Whether any rank was asked to stop; the same answer on every rank. Collective."""

@@ -16,14 +16,21 @@ from miles.data.sample import Group, Sample
 
 
 def build_updates(
-    groups: list[Group], algorithm: AlgorithmSection, *, updates: int, max_response_tokens: int, seed: int
+    groups: list[Group],
+    algorithm: AlgorithmSection,
+    *,
+    updates: int,
+    max_response_tokens: int,
+    seed: int,
+    only_version: int | None = None,
 ) -> list[list[Sequence]]:
     """Rows of each of `updates` optimizer updates; every sample is in exactly one.
 
     Samples are dealt out in a random order that `seed` fixes, so that one update does not hold one kind of prompt.
-    Loss weights are normalized within each update.
+    Loss weights are normalized within each update. With `only_version`, tokens that other weights sampled are left out
+    of the loss.
     """
-    rows = [row for group in groups for row in group_rows(group, algorithm)]
+    rows = [row for group in groups for row in group_rows(group, algorithm, only_version)]
     order = np.random.default_rng(seed).permutation(len(rows)).tolist() if updates > 1 else range(len(rows))
     shuffled = [rows[i] for i in order]
     size = len(shuffled) // updates
@@ -36,19 +43,22 @@ def build_updates(
     return parts
 
 
-def group_rows(group: Group, algorithm: AlgorithmSection) -> list[Sequence]:
+def group_rows(group: Group, algorithm: AlgorithmSection, only_version: int | None = None) -> list[Sequence]:
     """One row per sample of a graded group; its loss weights are still 0."""
     rewards = torch.tensor([sample.reward for sample in group.samples])
     advantages = group_relative_advantages(rewards, normalize_std=algorithm.normalize_std)
-    return [sample_row(sample, advantage) for sample, advantage in zip(group.samples, advantages.tolist(), strict=True)]
+    pairs = zip(group.samples, advantages.tolist(), strict=True)
+    return [sample_row(sample, advantage, only_version) for sample, advantage in pairs]
 
 
-def sample_row(sample: Sample, advantage: float) -> Sequence:
+def sample_row(sample: Sample, advantage: float, only_version: int | None = None) -> Sequence:
     """Tokens of prompt and response, with the engine's log-probabilities on the response and 0 on the prompt."""
     prompt = len(sample.prompt.tokens)
     tokens = torch.tensor(sample.tokens)
     loss_mask = torch.zeros(len(tokens))
     loss_mask[prompt:] = torch.tensor(sample.loss_mask, dtype=torch.float32)
+    if only_version is not None:
+        loss_mask[prompt:] *= torch.tensor(sample.weight_versions) == only_version
     log_probs = torch.zeros(len(tokens))
     log_probs[prompt:] = torch.tensor(sample.log_probs)
     return Sequence(

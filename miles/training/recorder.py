@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from miles.config.schema import TrackingSection
 from miles.data.sample import Group
-from miles.runs.metrics import MetricsWriter
+from miles.runs.metrics import MetricsWriter, drop_stage, last_step
 from miles.runs.progress import Progress, write_progress
 from miles.runs.samples import SampleRecord, write_samples
 from miles.runs.trackers import Trackers
@@ -23,7 +23,10 @@ class Recorder:
         self._steps = steps
         self._samples_per_step = tracking.samples_per_step
         self._active = context.is_rank_zero
+        self._recorded = -1
         if self._active:
+            last = last_step(context.paths, context.name)
+            self._recorded = -1 if last is None else last
             self._metrics = MetricsWriter(context.paths)
             self._trackers = Trackers(context.paths, tracking, context.run_name)
 
@@ -34,14 +37,27 @@ class Recorder:
             write_progress(self._context.paths, Progress(name, self._kind, step, self._steps, phase, done, total))
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
-        """Record the numbers of one training step (0: before the first)."""
-        if self._active:
+        """Record the numbers of one training step (0: before the first), once: a step that an earlier attempt recorded
+        keeps its line."""
+        if self._active and step > self._recorded:
+            self._recorded = step
             self._metrics.write(self._context.name, step, values)
             self._trackers.log(self._context.name, step, values)
 
+    @property
+    def recorded(self) -> int:
+        """The last step that has its line of metrics; -1: none. Only rank 0 knows."""
+        return self._recorded
+
+    def forget(self, after: int) -> None:
+        """Drop the lines of later steps, which are going to be done again with other responses."""
+        if self._active and self._recorded > after:
+            drop_stage(self._context.paths, self._context.name, after=after)
+            self._recorded = after
+
     def samples(self, step: int, groups: list[Group]) -> None:
         """Keep the transcripts of the first sample of each of the first few groups."""
-        if self._active and self._samples_per_step:
+        if self._active and self._samples_per_step and step > self._recorded:
             records = [_transcript(group) for group in groups[: self._samples_per_step]]
             write_samples(self._context.paths, self._context.name, step, records)
 

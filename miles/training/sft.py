@@ -13,6 +13,7 @@ from miles.data.inputs import open_demonstrations
 from miles.data.order import prompts_of_step
 from miles.data.packing import rank_micro_batches
 from miles.errors import Interrupted
+from miles.training.checkpointing import Checkpointer
 from miles.training.context import Context, build_trainer
 from miles.training.output import write_model
 from miles.training.recorder import Recorder
@@ -25,11 +26,15 @@ def train_supervised(context: Context, step: SftStep) -> None:
     train = step.train
     _, rows = open_demonstrations(step, context.paths)
     trainer = build_trainer(step.model, train, context)
+    checkpointer = Checkpointer(context, step.checkpoint, trainer, backend=train.backend)
     with closing(Recorder(context, kind=step.kind, steps=train.steps, tracking=step.tracking)) as recorder:
         watch = Stopwatch()
-        for number in range(1, train.steps + 1):
+        done = checkpointer.restore().step
+        for number in range(done + 1, train.steps + 1):
             if context.stop.agreed():
-                raise Interrupted(f"stopped before step {number} of {train.steps} of '{context.name}'")
+                recorder.progress(number - 1, "save")
+                checkpointer.save_last(number - 1)
+                raise Interrupted(f"'{context.name}' stopped after step {number - 1} of {train.steps}")
             recorder.progress(number, "update")
             draws = prompts_of_step(
                 len(rows), train.batch_size, number - 1, seed=context.seed, shuffle=step.data.shuffle
@@ -38,19 +43,21 @@ def train_supervised(context: Context, step: SftStep) -> None:
             micro_batches = rank_micro_batches(batch, train.max_tokens_per_micro_batch, trainer.layout)
             lr = learning_rate(train, number)
             stats = trainer.update(micro_batches, sft_loss, lr=lr, temperature=1.0)
-            nll = token_means(stats.metrics)["nll"]
-            recorder.metrics(
-                number,
-                {
-                    "loss": stats.loss,
-                    "perplexity": perplexity(nll),
-                    "grad_norm": stats.grad_norm,
-                    "lr": lr,
-                    "tokens/total": sum(len(row) for row in batch),
-                    **watch.take(),
-                },
-            )
+            values = {
+                "loss": stats.loss,
+                "perplexity": perplexity(token_means(stats.metrics)["nll"]),
+                "grad_norm": stats.grad_norm,
+                "lr": lr,
+                "tokens/total": sum(len(row) for row in batch),
+                **watch.take(),
+            }
+            recorder.metrics(number, values)
+            checkpointer.poll()
+            if checkpointer.due(number):
+                with watch.phase("save"):
+                    checkpointer.begin(number, metrics=values)
         recorder.progress(train.steps, "save")
+        checkpointer.save_last(train.steps)
         write_model(trainer, context.output)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from miles.config.load import load_resolved
 from miles.config.schema import EvalStep, RlStep, SftStep
 from miles.errors import ConfigError
+from miles.runs.claim import Fence
 from miles.runs.failures import exit_with_failures
 from miles.runs.paths import RunPaths
 from miles.training.context import Context
@@ -28,7 +29,10 @@ def main() -> None:
     parser.add_argument("--step", required=True)
     arguments = parser.parse_args()
 
+    # First of all: a request to stop must not kill a process that is still importing.
+    stop = StopRequest.from_environment()
     quieten_libraries()
+    paths = RunPaths(arguments.run_dir)
     config = load_resolved(arguments.run_dir)
     step = config.steps[arguments.step]
     device = choose_device(step.train.device) if isinstance(step, SftStep | RlStep) else choose_device("cpu")
@@ -37,10 +41,12 @@ def main() -> None:
             name=arguments.step,
             seed=config.seed,
             run_name=config.name,
-            paths=RunPaths(arguments.run_dir),
+            paths=paths,
             device=device,
-            stop=StopRequest(),
-            engine_urls=[url for url in os.environ.get("MILES_ENGINE_URLS", "").split(",") if url],
+            stop=stop,
+            attempt=int(os.environ["MILES_ATTEMPT"]),
+            fence=Fence.from_environment(paths),
+            engines_file=Path(os.environ["MILES_ENGINES_FILE"]),
         )
         run_step(context, step)
 
