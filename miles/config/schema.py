@@ -4,13 +4,14 @@ The string under a field is its documentation: `miles config explain` and docs/r
 Top-level sections are the defaults of every step; a step's own section (`[steps.warmup.train]`) is merged
 over them before validation, so that each resolved step is complete in itself.
 Bounds of single values live here; arithmetic between values in `miles.config.rules`, merging in
-`miles.config.steps`.
+`miles.config.steps`. `MayChange` marks the keys that a run takes over when they change between two attempts; what
+follows from that is in `miles.config.changes`.
 """
 
 from __future__ import annotations
 
-from enum import StrEnum
-from typing import Annotated, Any, ClassVar, Literal
+from enum import Enum, StrEnum
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
@@ -18,6 +19,18 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 FromString = Field(strict=False)
 """For enums: TOML has only their strings, which strict mode would refuse."""
+
+
+class Mark(Enum):
+    """Marks of single keys."""
+
+    MAY_CHANGE = "may change"
+    """The key says how the work is laid out, bounded or watched; state that exists stays as good as it was."""
+
+
+_T = TypeVar("_T")
+MayChange = Annotated[_T, Mark.MAY_CHANGE]
+"""Of a key without it, the first value holds for the life of the run."""
 
 
 class Section(BaseModel):
@@ -95,7 +108,7 @@ class RewardSection(Section):
     """Factor of this grader's score in the reward."""
     args: dict[str, Any] = {}
     """Keyword arguments of the grader."""
-    timeout: PositiveFloat = 30.0
+    timeout: MayChange[PositiveFloat] = 30.0
     """Seconds one call may take; a grader that takes longer scores `on_error`."""
     on_error: Literal["stop", "zero"] = "stop"
     """What a grader that raises or times out means: stop the run with its message, or score 0 (counted)."""
@@ -128,11 +141,11 @@ class RolloutSection(Section):
     """Strings that end a response."""
     stop_token_ids: list[int] = []
     """Token ids that end a response, beside the model's end-of-sequence tokens."""
-    max_concurrent_groups: PositiveInt = 64
+    max_concurrent_groups: MayChange[PositiveInt] = 64
     """Groups in flight at once over all engines."""
-    request_timeout: PositiveFloat = 1800.0
+    request_timeout: MayChange[PositiveFloat] = 1800.0
     """Seconds after which a generation request counts as lost and is tried again."""
-    max_retries: NonNegativeInt = 3
+    max_retries: MayChange[NonNegativeInt] = 3
     """How often one request is tried again before its prompt is quarantined."""
     over_sampling: Annotated[float, Field(ge=1.0, le=2.0)] = 1.0
     """Groups generated at once, as a multiple of prompts_per_step. Above 1 the step closes when prompts_per_step groups
@@ -145,7 +158,7 @@ class RolloutSection(Section):
     """`zero-variance`: a group whose rewards are all equal is dropped and another prompt drawn (DAPO, 2503.14476)."""
     max_filtered: NonNegativeFloat = 3.0
     """Groups that one step may drop, as a multiple of prompts_per_step; after that it trains on whatever comes."""
-    max_quarantined: NonNegativeInt = 16
+    max_quarantined: MayChange[NonNegativeInt] = 16
     """Prompts of a run that may be set aside because no engine can serve them; one more stops the run."""
 
 
@@ -207,7 +220,7 @@ class TrainSection(Section):
     """Sequences of one supervised step. (RL: rollout.prompts_per_step x rollout.group_size.)"""
     updates_per_step: PositiveInt = 1
     """Optimizer updates that one rollout batch is divided into."""
-    max_tokens_per_micro_batch: PositiveInt = 8192
+    max_tokens_per_micro_batch: MayChange[PositiveInt] = 8192
     """Token budget of one forward and backward pass per rank."""
     lr: PositiveFloat = 1e-6
     """Peak learning rate."""
@@ -227,17 +240,17 @@ class TrainSection(Section):
     """Added to the denominator."""
     clip_grad: NonNegativeFloat = 1.0
     """Bound of the gradient's L2 norm; 0: no clipping."""
-    tensor_parallel_size: PositiveInt = 1
+    tensor_parallel_size: MayChange[PositiveInt] = 1
     """Ranks that share each layer's matrices (megatron)."""
-    pipeline_parallel_size: PositiveInt = 1
+    pipeline_parallel_size: MayChange[PositiveInt] = 1
     """Stages that the layers are divided into (megatron)."""
-    expert_parallel_size: PositiveInt = 1
+    expert_parallel_size: MayChange[PositiveInt] = 1
     """Ranks that the experts are divided over (megatron)."""
-    recompute: bool = False
+    recompute: MayChange[bool] = False
     """Recompute activations in the backward pass instead of keeping them."""
     moe_aux_loss_coef: NonNegativeFloat = 0.0
     """Weight of the router's load-balancing loss."""
-    log_prob_chunk_tokens: PositiveInt = 1024
+    log_prob_chunk_tokens: MayChange[PositiveInt] = 1024
     """Tokens whose logits exist at once when log-probabilities are computed."""
 
 
@@ -250,21 +263,21 @@ class EngineSection(Section):
     """Type of the engine's weights; not set: as train.dtype."""
     context_length: PositiveInt | None = None
     """Longest prompt plus response; not set: the model's."""
-    max_running_requests: PositiveInt = 64
+    max_running_requests: MayChange[PositiveInt] = 64
     """Sequences decoded together."""
     return_routed_experts: bool = False
     """Record the experts that each token was routed to (MoE)."""
-    startup_timeout: PositiveFloat = 300.0
+    startup_timeout: MayChange[PositiveFloat] = 300.0
     """Seconds a server may take until it answers."""
-    sync_bucket_mib: PositiveInt = 512
+    sync_bucket_mib: MayChange[PositiveInt] = 512
     """Size of the buckets in which weights travel from the trainer to the engine."""
-    verify_sync: bool = True
+    verify_sync: MayChange[bool] = True
     """Compare checksums of the engine's and the trainer's tensors after every sync (embedded engine)."""
-    max_restarts: NonNegativeInt = 3
+    max_restarts: MayChange[NonNegativeInt] = 3
     """How often each server is started again in one attempt when it dies or hangs."""
-    hang_timeout: PositiveFloat = 120.0
+    hang_timeout: MayChange[PositiveFloat] = 120.0
     """Seconds without an answer to a health check after which a server counts as hung."""
-    extra_args: list[str] = []
+    extra_args: MayChange[list[str]] = []
     """Further command-line arguments of the SGLang server."""
 
 
@@ -273,7 +286,7 @@ class EvalSection(Section):
 
     data: DataSection | None = None
     """Held-out prompts; not set: no evaluation. Says how rows are read where it differs from `data`."""
-    every: NonNegativeInt = 0
+    every: MayChange[NonNegativeInt] = 0
     """Evaluate every that many RL steps, beside before the first and after the last; 0: never in between."""
     samples: PositiveInt = 1
     """Samples per prompt; the largest k of pass@k."""
@@ -290,50 +303,50 @@ class EvalSection(Section):
 class CheckpointSection(Section):
     """When the trainer's state is saved, and which of its checkpoints are kept."""
 
-    every: Literal["auto"] | PositiveInt = "auto"
-    """Training steps between checkpoints; `auto`: by the measured cost of a save and the rate of failures (Daly 2006)."""
-    mtbf_hours: PositiveFloat = 12.0
+    every: MayChange[Literal["auto"] | PositiveInt] = "auto"
+    """Training steps between checkpoints; `auto`: by the measured cost of a save and rate of failures (Daly 2006)."""
+    mtbf_hours: MayChange[PositiveFloat] = 12.0
     """Expected hours between interruptions, for `auto`; the run's own ledger corrects it."""
-    asynchronous: bool = True
+    asynchronous: MayChange[bool] = True
     """Write in the background: the training step waits only until the state is copied."""
-    keep_last: PositiveInt = 2
+    keep_last: MayChange[PositiveInt] = 2
     """Newest checkpoints that are kept."""
-    keep_every: NonNegativeInt = 0
+    keep_every: MayChange[NonNegativeInt] = 0
     """Keep the checkpoints of steps divisible by this for good; 0: none."""
-    keep_best: str | None = None
+    keep_best: MayChange[str | None] = None
     """Keep the checkpoint with the highest value of this metric as well, for example `eval/reward`."""
 
 
 class JournalSection(Section):
     """The journal of rollouts: what was generated is on disk before anybody depends on it."""
 
-    flush_seconds: PositiveFloat = 5.0
+    flush_seconds: MayChange[PositiveFloat] = 5.0
     """Finished and partial responses reach the disk this often; a killed run loses at most this much generation."""
-    keep: Literal["needed", "all"] = "needed"
+    keep: MayChange[Literal["needed", "all"]] = "needed"
     """`needed`: back to the oldest kept checkpoint; `all`: every step of the run."""
 
 
 class LocalSection(Section):
     """Processes of `miles submit --local`."""
 
-    ranks: PositiveInt = 1
+    ranks: MayChange[PositiveInt] = 1
     """Trainer processes (torch.distributed ranks)."""
-    engines: PositiveInt = 1
+    engines: MayChange[PositiveInt] = 1
     """Inference servers."""
-    threads: PositiveInt | None = None
+    threads: MayChange[PositiveInt | None] = None
     """CPU threads of each trainer and engine process; not set: all cores (they work in turns)."""
-    time_limit_minutes: PositiveFloat | None = None
+    time_limit_minutes: MayChange[PositiveFloat | None] = None
     """End each attempt in time, with everything saved, before it has run that long; not set: no limit."""
 
 
 class TrackingSection(Section):
     """Where metrics go beside metrics.jsonl."""
 
-    tensorboard: bool = False
+    tensorboard: MayChange[bool] = False
     """Write TensorBoard events into the run directory."""
-    wandb_project: str | None = None
+    wandb_project: MayChange[str | None] = None
     """Send metrics to this Weights & Biases project."""
-    samples_per_step: NonNegativeInt = 4
+    samples_per_step: MayChange[NonNegativeInt] = 4
     """Transcripts kept per step for the report."""
 
 

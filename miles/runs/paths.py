@@ -20,6 +20,16 @@ class RunPaths:
         return self.root / "run.toml"
 
     @property
+    def config_changes(self) -> Path:
+        """What was changed in the resolved run file since the run was made, JSON lines."""
+        return self.root / "config-changes.jsonl"
+
+    @property
+    def forked(self) -> Path:
+        """Which run and checkpoint this run began from, where it began from one."""
+        return self.root / "forked.json"
+
+    @property
     def attempts(self) -> Path:
         """The ledger of attempts, JSON lines."""
         return self.root / "attempts.jsonl"
@@ -112,6 +122,10 @@ class RunPaths:
     def done(self, name: str) -> Path:
         """The file that says that a step is done, and with which inputs."""
         return self.step(name) / "done.json"
+
+    def inputs(self, name: str) -> Path:
+        """The file that says with which inputs a step's checkpoints and journal were made."""
+        return self.step(name) / "inputs.json"
 
     def resolve(self, reference: str) -> Path:
         """`step:NAME/file` -> the file in that step's output directory; any other path unchanged."""

@@ -31,7 +31,7 @@ def write_done(paths: RunPaths, name: str, inputs: Inputs, *, attempt: int, fini
     outputs = {
         str(file.relative_to(directory)): file.stat().st_size
         for file in sorted(directory.rglob("*"))
-        if file.is_file() and file != paths.done(name)
+        if file.is_file() and file not in (paths.done(name), paths.inputs(name))
     }
     done = Done(inputs, attempt, finished, seconds, outputs)
     record = {"fingerprint": inputs.fingerprint, **asdict(done)}

@@ -2,19 +2,20 @@
 
 Two starts of a step with the same fingerprint give the same result as far as Miles can tell: same resolved
 config and seed, same user files (path, size, time of change), same inputs from other steps, same version of
-Miles.
+Miles. Keys that may change (`miles.config.changes`) are no part of it.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
 import miles
+from miles.config.changes import lasting_values, raisable_steps
 from miles.config.schema import EvalStep, RlStep, RunConfig, SftStep
 from miles.runs.paths import STEP_PREFIX
 from miles.workflow.graph import needed_steps
@@ -28,7 +29,9 @@ class Inputs:
     version: str
     """Version of Miles."""
     config: str
-    """Digest of the step's resolved config and the seed."""
+    """Digest of the seed and of the step's resolved config, as far as results depend on it."""
+    budget: int | None
+    """`train.steps` of a stage that may be given more later; None: fixed, and in the digest."""
     files: dict[str, str]
     """User files by path: size in bytes and time of change, or `missing`."""
     steps: dict[str, str]
@@ -52,9 +55,19 @@ class Inputs:
         ]
         if self.config != old.config:
             changed.append("config changed")
+        if self.budget != old.budget:
+            changed.append(f"train.steps {old.budget} -> {self.budget}")
         if self.version != old.version:
             changed.append(f"Miles {old.version} -> {self.version}")
         return ", ".join(changed)
+
+    def conflict(self, old: Inputs) -> str:
+        """What changed since `old` so that state made with it is of no use here; empty when the state still holds.
+
+        More steps of a stage go on from the ones that it has.
+        """
+        grown = self.budget is not None and old.budget is not None and self.budget > old.budget
+        return self.difference(replace(old, budget=self.budget) if grown else old)
 
 
 def inputs_of(config: RunConfig, name: str, fingerprints: dict[str, str]) -> Inputs:
@@ -62,7 +75,8 @@ def inputs_of(config: RunConfig, name: str, fingerprints: dict[str, str]) -> Inp
     step = config.steps[name]
     return Inputs(
         version=miles.__version__,
-        config=_digest({"seed": config.seed, "step": step.model_dump(mode="json")}),
+        config=_digest({"seed": config.seed, "step": lasting_values(step)}),
+        budget=raisable_steps(step),
         files={path: _state(Path(path)) for path in user_files(step)},
         steps={needed: fingerprints[needed] for needed in needed_steps(step)},
     )

@@ -49,7 +49,7 @@ def test_nothing_is_to_do_when_all_is_done(tmp_path: Path, done: RunPaths) -> No
 
 def test_changed_step_and_all_that_depend_on_it_are_to_do(tmp_path: Path, done: RunPaths) -> None:
     assert _todo(_config(tmp_path, steps=11), done) == {
-        "warmup": "config changed",
+        "warmup": "train.steps 10 -> 11",
         "report": "step warmup changed",
     }
     assert list(_todo(_config(tmp_path, layers=3), done)) == ["prepare", "warmup", "report"]
