@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import secrets
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from miles.config.schema import TrackingSection
@@ -113,10 +114,20 @@ class _Wandb:
         self._run.finish()
 
 
+def tracker_ids(paths: RunPaths) -> dict[str, str]:
+    """Under which id each tracker knows this run, by the tracker's name; only those that were used."""
+    file = _wandb_id_file(paths)
+    return {"wandb": file.read_text().strip()} if file.exists() else {}
+
+
 def _wandb_run_id(paths: RunPaths) -> str:
     """The id under which every stage and attempt of this run directory continues one Weights & Biases run."""
-    file = paths.root / "wandb" / "miles-run-id"
+    file = _wandb_id_file(paths)
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(secrets.token_hex(8))
-    return file.read_text().strip()
+    return tracker_ids(paths)["wandb"]
+
+
+def _wandb_id_file(paths: RunPaths) -> Path:
+    return paths.root / "wandb" / "miles-run-id"
