@@ -50,7 +50,13 @@ class PendingState:
 
     def write(self) -> None:
         """Write and fsync this rank's file. Raises OSError."""
-        self._results = self._writer.write_data(self._plan, self._planner).wait()
+        try:
+            self._results = self._writer.write_data(self._plan, self._planner).wait()
+        except RuntimeError as error:
+            # torch.save closes its half-written record and raises about that, after what the disk said.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
     def finalize(self) -> None:
         """Write `.metadata`, which says where each part of each tensor is. Raises OSError, on every rank."""
@@ -84,15 +90,13 @@ def trainer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
     `weights/NAME`, `exp_avg/NAME` and `exp_avg_sq/NAME` are sharded as the parameter is, `step/NAME` is a scalar.
     States that AdamW would make in its first step are made here, as it does.
     """
-    state: dict[str, torch.Tensor] = {}
+    state = {f"{WEIGHTS}{name}": parameter.detach() for name, parameter in model.named_parameters()}
     for name, parameter in model.named_parameters():
         states = optimizer.state[parameter]
         if not states:
             states[_STEP] = torch.zeros((), dtype=torch.float32)
             states.update({moment: torch.zeros_like(parameter) for moment in _MOMENTS})
-        state[f"{WEIGHTS}{name}"] = parameter.detach()
-        for kind in (*_MOMENTS, _STEP):
-            state[f"{kind}/{name}"] = states[kind].detach()
+        state.update({f"{kind}/{name}": states[kind] for kind in (*_MOMENTS, _STEP)})
     return state
 
 
