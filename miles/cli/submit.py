@@ -40,8 +40,9 @@ def submit(
             "submitting to Slurm is not in this version yet",
             fix=f"`miles submit {file} --local` runs it on this machine",
         )
-    from miles.cluster.local import prepare_run, start_driver
+    from miles.cluster.local import start_driver
     from miles.reports.watch import watch_run
+    from miles.workflow.prepare import prepare_run
 
     console = stdout()
     with console.status("checking the run file, the model and the data"):

@@ -16,25 +16,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from miles.cluster.processes import POLL_SECONDS, end_leftovers
 from miles.cluster.signals import REPEAT_SECONDS, StopSignal
 from miles.cluster.supervisor import interrupted, log_to_stderr, supervise
-from miles.config.load import load_resolved, load_run
-from miles.config.schema import ReportStep, RlStep, RunConfig, SftStep
+from miles.config.load import load_resolved
+from miles.config.schema import RunConfig
 from miles.errors import MilesError, RunError
-from miles.reports.html import check_report
-from miles.runs.claim import Claim, Holder, current_holder, refuse_if_held
-from miles.runs.directory import check_config, create_run, run_directory, set_aside
+from miles.runs.claim import Claim, Holder, current_holder
 from miles.runs.failures import FAILURE_VARIABLE, exit_with_failures, read_failure
 from miles.runs.files import disk_errors, full_disk
 from miles.runs.paths import RunPaths
-from miles.runs.trackers import check_trackers
 from miles.workflow.kinds import processes_of
 from miles.workflow.plan import PlannedStep, plan_run
-from miles.workflow.preflight import check_inputs
 
 log = logging.getLogger(__name__)
 
@@ -49,42 +44,6 @@ def run_workflow(paths: RunPaths, stop: StopSignal) -> None:
             if stop.requested:
                 raise interrupted(f"stopped before step '{planned.name}'", paths)
             supervise(paths, planned, processes_of(config.steps[planned.name]), stop)
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A run directory that is ready to be driven."""
-
-    paths: RunPaths
-    set_aside: Path | None
-    """Where an earlier run of the same name went."""
-
-
-def prepare_run(file: Path, overrides: list[str], *, fresh: bool) -> Prepared:
-    """Load a run file and create or open its run directory, after everything that can be checked at once.
-
-    Raises ConfigError, DataError, and RunError when the run is in use, differs from the file, or cannot be written.
-    """
-    config = load_run(file, overrides)
-    _check_packages(config)
-    paths = run_directory(config)
-    refuse_if_held(paths)
-    to_do = list(config.steps)
-    if paths.root.exists() and not fresh:
-        check_config(paths, config)
-        to_do = [planned.name for planned in plan_run(config, paths) if planned.done is None]
-    check_inputs(config, paths, to_do)
-    aside = set_aside(paths) if fresh and paths.root.exists() else None
-    return Prepared(create_run(config), aside)
-
-
-def _check_packages(config: RunConfig) -> None:
-    """Raise ConfigError for an optional package that a step will need and that is not installed."""
-    for step in config.steps.values():
-        if isinstance(step, SftStep | RlStep):
-            check_trackers(step.tracking)
-        if isinstance(step, ReportStep):
-            check_report()
 
 
 def start_driver(paths: RunPaths) -> Driver:

@@ -10,8 +10,10 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from miles.config.fields import SECTIONS
 from miles.config.files import expand
-from miles.config.source import Node, Place, attach, dotted, merge, put
+from miles.config.schema import RunConfig
+from miles.config.source import Node, Place, attach, dotted, merge, put, quoted
 from miles.errors import ConfigError, did_you_mean
 
 
@@ -71,3 +73,13 @@ def apply_override(root: Node, argument: str) -> tuple[Node, Place]:
             )
     branch = put(Node({}, place, ""), path, attach(value, place.source, {}, path))
     return merge(root, expand(branch, Path.cwd())), place
+
+
+def spread_override(argument: str, config: RunConfig) -> list[str]:
+    """An override of a section as overrides of every step that has the section.
+
+    In a resolved file each step has all sections itself, so that a default would reach none.
+    """
+    section = parse_override(argument)[0][0]
+    having = [name for name, step in config.steps.items() if section in type(step).model_fields]
+    return [f"steps.{quoted(name)}.{argument}" for name in having] if section in SECTIONS and having else [argument]

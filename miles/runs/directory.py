@@ -1,7 +1,8 @@
 """Creating, opening and finding run directories: a run is a directory, named under `runs_dir`.
 
 Owns what a run directory must be before anything runs in it: complete or absent, written with the resolved
-config, equal to it when it is opened again. Who may run in it belongs to `miles.runs.claim`.
+config, equal to it (but for keys that may change) when it is opened again. Who may run in it belongs to
+`miles.runs.claim`.
 """
 
 from __future__ import annotations
@@ -11,14 +12,16 @@ import os
 import secrets
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from miles.errors import RunError, did_you_mean
-from miles.runs.files import disk_errors, sync_directory, write_new
+from miles.runs.files import append_json, disk_errors, sync_directory, write_atomic, write_new
 from miles.runs.paths import RunPaths
 
 if TYPE_CHECKING:
+    from miles.config.changes import Change
     from miles.config.schema import RunConfig
 
 MIN_FREE_BYTES = 256 * 2**20
@@ -30,35 +33,63 @@ def run_directory(config: RunConfig) -> RunPaths:
     return RunPaths(Path(config.runs_dir).absolute() / config.name)
 
 
-def create_run(config: RunConfig, *, min_free_bytes: int = MIN_FREE_BYTES) -> RunPaths:
-    """Create the run's directory, or open it when the run exists with an equal config.
+def create_run(
+    config: RunConfig, *, min_free_bytes: int = MIN_FREE_BYTES, fill: Callable[[RunPaths], None] | None = None
+) -> RunPaths:
+    """Create the run's directory, or open it (`open_run`) when the run exists.
 
-    Raises RunError when the config differs (naming every field), the disk is nearly full or not writable;
-    then nothing is left behind.
+    `fill` puts more into a new directory before it gets its name.
+
+    Raises RunError when another key differs (naming every one), the disk is nearly full or not writable; then nothing
+    is left behind.
     """
     paths = run_directory(config)
     if not paths.root.exists():
-        _create(paths, config, min_free_bytes)
+        _create(paths, config, min_free_bytes, fill)
     else:
-        _check_free(paths.root, min_free_bytes)
-        check_config(paths, config)
+        open_run(paths, config, min_free_bytes=min_free_bytes)
     return paths
 
 
-def check_config(paths: RunPaths, config: RunConfig) -> None:
-    """Raise RunError, field by field, when an existing run was made with another config."""
+def check_config(paths: RunPaths, config: RunConfig) -> list[Change]:
+    """The differences between an existing run's config and another, all of which may be taken over.
+
+    Raises RunError, field by field, when others differ.
+    """
+    from miles.config.changes import config_changes
     from miles.config.load import load_resolved
 
-    old = _flatten(load_resolved(paths.root).model_dump(mode="json"))
-    new = _flatten(config.model_dump(mode="json"))
-    differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    if differing:
-        lines = (f"  {key}: {_show(old, key)} in the run, {_show(new, key)} now" for key in differing)
+    changes = config_changes(load_resolved(paths.root), config)
+    refused = [change for change in changes if not change.allowed]
+    if refused:
+        name, allowed = paths.root.name, [change for change in changes if change.allowed]
+        lines = [f"run '{name}' exists with another config ({paths.root}):", *(f"  {change}" for change in refused)]
+        if allowed:
+            lines += ["these alone would be taken over:", *(f"  {change}" for change in allowed)]
         raise RunError(
-            f"run '{config.name}' exists with another config ({paths.root}):\n" + "\n".join(lines),
-            fix="undo the change to continue the run, `--set name=NEW` to start another one, or `--fresh` "
-            "to set the old one aside",
+            "\n".join(lines),
+            fix=f"undo the change to continue the run, `miles fork {name} NEW --set KEY=VALUE` to go on from its state "
+            "with the change, `--set name=NEW` to start another one, or `--fresh` to set the old one aside",
         )
+    return changes
+
+
+def open_run(paths: RunPaths, config: RunConfig, *, min_free_bytes: int = MIN_FREE_BYTES) -> None:
+    """Make an existing run ready to go on with a config that is its own, but for keys that may change.
+
+    Those are taken over: run.toml is written anew, and config-changes.jsonl gets a line for each. Raises what
+    `create_run` raises.
+    """
+    from miles.config.load import dump_resolved
+
+    _check_free(paths.root, min_free_bytes)
+    changes = check_config(paths, config)
+    now = time.time()
+    # The history comes first: after a crash in between, the next start finds the same differences again.
+    for change in changes:
+        append_json(paths.config_changes, {"time": now, "key": change.key, "old": change.old, "new": change.new})
+    if changes:
+        write_atomic(paths.config, dump_resolved(config))
 
 
 def set_aside(paths: RunPaths) -> Path:
@@ -102,7 +133,7 @@ def _last_activity(paths: RunPaths) -> float:
     return max(path.stat().st_mtime for path in files if path.exists())
 
 
-def _create(paths: RunPaths, config: RunConfig, min_free_bytes: int) -> None:
+def _create(paths: RunPaths, config: RunConfig, min_free_bytes: int, fill: Callable[[RunPaths], None] | None) -> None:
     """Build the directory under a temporary name and rename it into place."""
     from miles.config.load import dump_resolved
 
@@ -118,6 +149,8 @@ def _create(paths: RunPaths, config: RunConfig, min_free_bytes: int) -> None:
             draft.secrets.mkdir(mode=0o700)
             write_new(draft.engine_token, secrets.token_urlsafe(32) + "\n", mode=0o600)
             write_new(draft.config, dump_resolved(config))
+            if fill is not None:
+                fill(draft)
             draft.root.rename(paths.root)
         except OSError as error:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
@@ -125,7 +158,7 @@ def _create(paths: RunPaths, config: RunConfig, min_free_bytes: int) -> None:
         finally:
             shutil.rmtree(draft.root, ignore_errors=True)
         sync_directory(parent)
-    check_config(paths, config)
+    open_run(paths, config, min_free_bytes=0)
 
 
 def _check_free(directory: Path, min_free_bytes: int) -> None:
@@ -136,21 +169,3 @@ def _check_free(directory: Path, min_free_bytes: int) -> None:
             f"{min_free_bytes / 2**20:.0f} MiB",
             fix="free some space there, or set runs_dir to a directory on another disk",
         )
-
-
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested tables and lists to dotted keys."""
-    if isinstance(value, dict):
-        items = [(str(key), inner) for key, inner in value.items()]
-    elif isinstance(value, list):
-        items = [(str(index), inner) for index, inner in enumerate(value)]
-    else:
-        return {prefix: value}
-    flat: dict[str, Any] = {}
-    for key, inner in items:
-        flat |= _flatten(inner, f"{prefix}.{key}" if prefix else key)
-    return flat
-
-
-def _show(values: dict[str, Any], key: str) -> str:
-    return repr(values[key]) if key in values else "(not set)"

@@ -53,19 +53,26 @@ def open_stage(paths: RunPaths, planned: PlannedStep) -> str:
     paths.progress.unlink(missing_ok=True)
     if planned.kind not in STAGES:
         return _start_over(paths, planned.name)
+    refuse_changed_inputs(paths, planned)
     name, note = planned.name, ""
-    state, old = read_state(paths, name), read_inputs(paths, name)
-    conflict = planned.inputs.conflict(old) if old else "its inputs are not recorded"
+    state, conflict = read_state(paths, name), _conflict(paths, planned)
     if not conflict:
         note = f"continues after {state}" if state.step else ""
-    elif state.step and not paths.done(name).exists():
-        raise _changed(paths, name, state, conflict)
-    elif old or state.step:
+    elif state.step or paths.inputs(name).exists():
         discard(paths, name)
         note = f"starts over ({conflict}); what it had trained is in discarded/" if state.step else ""
     _remove_outputs(paths, name)
     write_inputs(paths, name, planned.inputs)
     return note
+
+
+def refuse_changed_inputs(paths: RunPaths, planned: PlannedStep) -> None:
+    """Raise RunError when a step is an unfinished stage whose state was made with other inputs."""
+    if planned.kind not in STAGES or paths.done(planned.name).exists():
+        return
+    state, conflict = read_state(paths, planned.name), _conflict(paths, planned)
+    if state.step and conflict:
+        raise _changed(paths, planned.name, state, conflict)
 
 
 def read_state(paths: RunPaths, name: str) -> StageState:
@@ -104,6 +111,12 @@ def stage_fingerprint(paths: RunPaths, name: str) -> str:
     inputs = read_inputs(paths, name)
     assert inputs is not None, f"step {name} was not opened"
     return inputs.fingerprint
+
+
+def _conflict(paths: RunPaths, planned: PlannedStep) -> str:
+    """Why the state of a stage is of no use now, or empty."""
+    old = read_inputs(paths, planned.name)
+    return planned.inputs.conflict(old) if old else "its inputs are not recorded"
 
 
 def _start_over(paths: RunPaths, name: str) -> str:

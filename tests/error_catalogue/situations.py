@@ -53,8 +53,8 @@ DIRECTORY = {
         RunError,
         "run 'demo' exists with another config (DIR/runs/demo): seed: 0 in the run, 7 now "
         "steps.prepare.layers: 2 in the run, 3 now",
-        "undo the change to continue the run, `--set name=NEW` to start another one, or `--fresh` to set"
-        " the old one aside",
+        "undo the change to continue the run, `miles fork demo NEW --set KEY=VALUE` to go on from its state with the "
+        "change, `--set name=NEW` to start another one, or `--fresh` to set the old one aside",
     ),
     "The run's resolved run.toml is damaged": Situation(
         RunError,
