@@ -1,5 +1,8 @@
 """The claim on a run: which process drives it. At most one does, without `flock`, on any shared file system.
 
+After a node failed or was cut off, processes of the attempt before may still run there. The number of a claim is their
+fence: they look for a newer one before they put anything into place.
+
 Claims are numbered files, `claims/000001.json`, and the highest number counts. A claim is taken by hard-
 linking a complete file to the next number, which exactly one process can do; it ends when its owner marks
 it released or is no longer alive. Numbers never go down, so a claimant that was overtaken cannot undo the
@@ -14,11 +17,19 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from miles.errors import RunError
 from miles.runs.files import disk_errors, sync_directory, write_atomic, write_new
 from miles.runs.identity import ProcessIdentity
 from miles.runs.paths import RunPaths
+
+CLAIM_VARIABLE = "MILES_CLAIM"
+"""Environment variable with the number of the claim that a process works under."""
+
+
+class Overtaken(RunError):
+    """Another attempt drives the run now; this one must change nothing any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +45,8 @@ class Claim:
     """The calling process's claim on a run. Use it in a `with` statement."""
 
     def __init__(self, path: Path, holder: Holder, previous: Holder | None) -> None:
+        self.number = int(path.stem)
+        """What the processes of this attempt are fenced by."""
         self._path = path
         self._holder = holder
         self.previous = previous
@@ -75,6 +88,40 @@ class Claim:
         self.release()
 
 
+class Fence:
+    """Keeps a process from changing a run that a newer attempt drives.
+
+    Asking and then renaming is not one operation: an attempt that is overtaken in between still completes that one
+    rename. It is of a whole checkpoint or segment, which the newer attempt can use or replace.
+    """
+
+    def __init__(self, paths: RunPaths, number: int | None) -> None:
+        """`number` of the claim that this process works under; None: it is not fenced."""
+        self._paths = paths
+        self._number = number
+        self._holder = None if number is None else _holder(paths, number)
+
+    @classmethod
+    def from_environment(cls, paths: RunPaths) -> Fence:
+        """As MILES_CLAIM says; without it the process is not fenced."""
+        number = os.environ.get(CLAIM_VARIABLE)
+        return cls(paths, int(number) if number else None)
+
+    def check(self) -> None:
+        """Raise Overtaken when a newer attempt drives the run, or somebody removed this one's claim to make way."""
+        if self._number is None:
+            return
+        newest = _highest(self._paths)
+        # The number of a claim that was removed by hand is given out again: the holder tells the two apart.
+        if newest == self._number and _holder(self._paths, newest) == self._holder is not None:
+            return
+        name = self._paths.root.name
+        raise Overtaken(
+            f"a newer attempt drives run '{name}' (claim {newest}, this one's is {self._number}); this one ends",
+            fix=f"nothing is lost; `miles watch {name}` shows the newer one",
+        )
+
+
 def current_holder(paths: RunPaths) -> Holder | None:
     """The live process that drives the run; None when nobody does."""
     _, holder = _newest(paths)
@@ -90,12 +137,33 @@ def refuse_if_held(paths: RunPaths) -> None:
 
 def _newest(paths: RunPaths) -> tuple[int, Holder | None]:
     """Highest claim number (0: none) and its holder; None when that claim is released."""
-    numbers = [int(path.stem) for path in paths.claims.glob("[0-9]*.json")]
-    if not numbers:
-        return 0, None
-    record = json.loads(_file(paths, max(numbers)).read_text())
-    holder = Holder(ProcessIdentity.parse(record["process"]), record["since"])
-    return max(numbers), None if record["released"] else holder
+    number = _highest(paths)
+    record = _record(paths, number)
+    return number, None if record is None or record["released"] else _parse(record)
+
+
+def _highest(paths: RunPaths) -> int:
+    return max((int(path.stem) for path in paths.claims.glob("[0-9]*.json")), default=0)
+
+
+def _holder(paths: RunPaths, number: int) -> Holder | None:
+    """Who took a claim, even if it is released; None: there is no such claim."""
+    record = _record(paths, number)
+    return None if record is None else _parse(record)
+
+
+def _record(paths: RunPaths, number: int) -> dict[str, Any] | None:
+    file = _file(paths, number)
+    with disk_errors(file, "read"):
+        try:
+            record: dict[str, Any] = json.loads(file.read_text())
+        except FileNotFoundError:
+            return None
+    return record
+
+
+def _parse(record: dict[str, Any]) -> Holder:
+    return Holder(ProcessIdentity.parse(record["process"]), record["since"])
 
 
 def _file(paths: RunPaths, number: int) -> Path:

@@ -13,34 +13,45 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from miles.errors import RunError
 
 FULL_BYTES = 64 * 2**10
 """A disk with less free space counts as full: less than a line of metrics and a few blocks."""
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-_REFUSALS = (*_FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENOENT)
+_WHERE = "or use another directory (runs_dir)"
+_MISPLACED = "a file stands where a directory belongs: move it, " + _WHERE
+_CLOSED = "make it writable, " + _WHERE
+_FIXES = {
+    errno.ENOSPC: "free some space there, or use a directory on another disk (runs_dir)",
+    errno.EDQUOT: "your quota there is used up: remove files of yours, ask the site for more, or use a directory on "
+    "another disk (runs_dir)",
+    errno.EIO: "the disk or its server failed: the system's log says how (`dmesg`); when it works again, the same "
+    "command continues the run",
+    errno.ESTALE: "its server took the directory away (mounted anew, moved or removed elsewhere): when it is back on "
+    "this node, the same command continues the run",
+    errno.EROFS: _CLOSED,
+    errno.EACCES: _CLOSED,
+    errno.EPERM: _CLOSED,
+    errno.ENOTDIR: _MISPLACED,
+    errno.EEXIST: _MISPLACED,
+}
 
 
 @contextlib.contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn the disk's refusals (full, read-only, no permission, no directory) into a RunError that names the file."""
+def disk_errors(path: Path, doing: Literal["write", "read"] = "write") -> Iterator[None]:
+    """Turn the disk's refusals (full, quota, failed, stale, read-only, no permission, no directory) into a RunError
+    that names the file.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno not in _REFUSALS:
+        fixes = _FIXES | {errno.ENOENT: f"create the directory {path.parent}"}
+        if error.errno not in fixes:
             raise
-        if error.errno in (errno.EEXIST, errno.ENOTDIR):
-            fix = "a file stands where a directory belongs: move it, or use another directory (runs_dir)"
-        elif error.errno in _FULL:
-            fix = "free some space there, or use a directory on another disk (runs_dir)"
-        elif error.errno == errno.ENOENT:
-            fix = f"create the directory {path.parent}"
-        else:
-            fix = "make it writable, or use another directory (runs_dir)"
-        raise RunError(f"cannot write {path}: {os.strerror(error.errno)}", fix=fix) from error
+        message = f"cannot {doing} {path}: {os.strerror(error.errno)}"
+        raise RunError(message, fix=fixes[error.errno]) from error
 
 
 def full_disk(directory: Path) -> RunError | None:

@@ -11,9 +11,10 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from miles.runs.files import append_json, read_json_lines, write_atomic
+from miles.runs.files import append_json, disk_errors, read_json_lines, write_atomic
 from miles.runs.paths import RunPaths
 
 
@@ -47,14 +48,40 @@ def read_metrics(paths: RunPaths) -> list[MetricsLine]:
     return [_line(record) for record in read_json_lines(paths.metrics)]
 
 
-def drop_stage(paths: RunPaths, stage: str) -> int:
-    """Remove all lines of a stage that starts again from its beginning; returns how many there were."""
-    records = read_json_lines(paths.metrics)
-    kept = [record for record in records if record["stage"] != stage]
-    if len(kept) < len(records):
-        lines = (json.dumps(record, ensure_ascii=False, separators=(",", ":")) + "\n" for record in kept)
-        write_atomic(paths.metrics, "".join(lines))
-    return len(records) - len(kept)
+def last_step(paths: RunPaths, stage: str) -> int | None:
+    """The highest step of a stage that has a line; None when it has none."""
+    return max((line.step for line in read_metrics(paths) if line.stage == stage), default=None)
+
+
+def drop_stage(paths: RunPaths, stage: str, after: int = -1, *, copy: Path | None = None) -> int:
+    """Remove the lines of a stage's steps > `after`; returns how many there were.
+
+    `copy` is a file that gets them before they are removed; it is not written when there are none.
+    """
+    kept: list[dict[str, Any]] = []
+    dropped: list[dict[str, Any]] = []
+    for record in read_json_lines(paths.metrics):
+        late = record["stage"] == stage and record["step"] > after
+        (dropped if late else kept).append(record)
+    if dropped:
+        if copy is not None:
+            with disk_errors(copy):
+                copy.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(copy, _text(dropped))
+        write_atomic(paths.metrics, _text(kept))
+    return len(dropped)
+
+
+def copy_stage(source: RunPaths, target: RunPaths, stage: str, last: int) -> int:
+    """Copy a stage's lines of steps <= `last` into another run, in place of its own; returns how many there are."""
+    own = [record for record in read_json_lines(target.metrics) if record["stage"] != stage]
+    copied = [r for r in read_json_lines(source.metrics) if r["stage"] == stage and r["step"] <= last]
+    write_atomic(target.metrics, _text(own + copied))
+    return len(copied)
+
+
+def _text(records: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(record, ensure_ascii=False, separators=(",", ":")) + "\n" for record in records)
 
 
 def _line(record: dict[str, Any]) -> MetricsLine:

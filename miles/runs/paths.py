@@ -68,6 +68,11 @@ class RunPaths:
         return self.root / "journal" / stage
 
     @property
+    def discarded(self) -> Path:
+        """What was taken back (`miles.runs.rewind`), one directory each time; nothing deletes it."""
+        return self.root / "discarded"
+
+    @property
     def save_request(self) -> Path:
         """Exists while somebody waits for a checkpoint (`miles save`)."""
         return self.root / "save-request"

@@ -9,7 +9,6 @@ import dataclasses
 import json
 import math
 import re
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,11 +56,11 @@ def sampled_steps(paths: RunPaths, stage: str) -> list[int]:
     return sorted(int(match[1]) for match in files if match)
 
 
-def drop_samples(paths: RunPaths, stage: str) -> None:
-    """Remove all transcripts of a stage that starts again from its beginning."""
-    directory = paths.samples / stage
-    if directory.exists():
-        shutil.rmtree(directory)
+def drop_samples(paths: RunPaths, stage: str, after: int = -1) -> None:
+    """Remove the transcripts of a stage's steps > `after`."""
+    for step in sampled_steps(paths, stage):
+        if step > after:
+            _step_file(paths, stage, step).unlink()
 
 
 def _step_file(paths: RunPaths, stage: str, step: int) -> Path:
