@@ -1,4 +1,4 @@
-"""Which prompts a step trains on: a seeded permutation per epoch, as a pure function of the step number.
+"""The endless sequence of draws: a seeded permutation of the prompts per epoch, as a pure function of the position.
 
 No state is kept, so a resumed run, or a look at step 1,000, needs nothing but the run's seed.
 """
@@ -6,13 +6,14 @@ No state is kept, so a resumed run, or a look at step 1,000, needs nothing but t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """One prompt of a step."""
+    """One place of the sequence."""
 
     index: int
     """Position in the list of prompts."""
@@ -20,24 +21,31 @@ class Draw:
     """How often the whole list was used up before; part of the sampling seed."""
 
 
-def prompts_of_step(n_prompts: int, prompts_per_step: int, step: int, *, seed: int, shuffle: bool) -> list[Draw]:
-    """The `prompts_per_step` prompts of training step `step` (0, 1, ...), in order.
+def draws(n_prompts: int, prompts_per_step: int, start: int, count: int, *, seed: int, shuffle: bool) -> list[Draw]:
+    """The draws at positions start .. start + count - 1 of the sequence: epoch 0, epoch 1, ..., each with every prompt
+    once.
 
-    Steps read one endless sequence: epoch 0, epoch 1, ..., each with every prompt once. A step that crosses
-    from one epoch to the next never gets a prompt twice (the new epoch starts with others), unless there
-    are fewer prompts than the step needs.
+    `prompts_per_step` consecutive positions from a multiple of it never hold a prompt twice (an epoch that starts among
+    them starts with others), unless there are fewer prompts than that.
     """
-    assert n_prompts > 0 and prompts_per_step > 0 and step >= 0
-    first, end = step * prompts_per_step, (step + 1) * prompts_per_step
-    draws: list[Draw] = []
-    for epoch in range(first // n_prompts, (end - 1) // n_prompts + 1):
+    assert n_prompts > 0 and prompts_per_step > 0 and start >= 0 and count >= 0
+    end = start + count
+    found: list[Draw] = []
+    for epoch in range(start // n_prompts, -(-end // n_prompts)):
         order = _epoch_order(n_prompts, prompts_per_step, epoch, seed, shuffle)
         offset = epoch * n_prompts
-        chosen = order[max(first - offset, 0) : min(end - offset, n_prompts)]
-        draws += [Draw(index, epoch) for index in chosen.tolist()]
-    return draws
+        chosen = order[max(start - offset, 0) : min(end - offset, n_prompts)]
+        found += [Draw(index, epoch) for index in chosen.tolist()]
+    return found
 
 
+def prompts_of_step(n_prompts: int, prompts_per_step: int, step: int, *, seed: int, shuffle: bool) -> list[Draw]:
+    """The `prompts_per_step` draws of training step `step` (0, 1, ...) where every step uses up what it draws."""
+    start = step * prompts_per_step
+    return draws(n_prompts, prompts_per_step, start, prompts_per_step, seed=seed, shuffle=shuffle)
+
+
+@lru_cache(maxsize=4)
 def _epoch_order(n: int, per_step: int, epoch: int, seed: int, shuffle: bool) -> np.ndarray:
     """Order of one epoch, int64 [n]: its permutation, rearranged at the front for the step it shares.
 
