@@ -25,7 +25,7 @@ from miles.models.checkpoint import write_model
 from miles.training.backend import Layout, LossFunction, TokenOutputs, UpdateStats
 from miles.training.distributed import choose_device
 from miles.training.fsdp.model import build_policy_model, checkpoint_weights
-from miles.training.fsdp.state import PendingState, load_state, trainer_state
+from miles.training.fsdp.state import PendingState, SaveLayout, load_state, plan_save, trainer_state
 
 
 class FsdpBackend:
@@ -42,6 +42,7 @@ class FsdpBackend:
         mesh = init_device_mesh(self.device.type, (ranks,))
         self._model = build_policy_model(model_dir, train, mesh, trust_remote_code=trust_remote_code)
         self._optimizer = _adamw(self._model, train)
+        self._save_layout: SaveLayout | None = None
 
     def log_probs(self, micro_batches: list[MicroBatch], temperature: float) -> list[TokenOutputs]:
         """As `TrainerBackend.log_probs`; the outputs lie on `device`."""
@@ -96,7 +97,10 @@ class FsdpBackend:
 
     def begin_save(self, directory: Path) -> PendingState:
         """As `TrainerBackend.begin_save`; see `miles.training.fsdp.state` for the files."""
-        return PendingState(directory, trainer_state(self._model.causal_lm, self._optimizer))
+        state = trainer_state(self._model.causal_lm, self._optimizer)
+        if self._save_layout is None:
+            self._save_layout = plan_save(state)
+        return PendingState(directory, state, self._save_layout)
 
     def load_state(self, directory: Path) -> None:
         """As `TrainerBackend.load_state`, from any number of ranks. Raises RunError for a state of another model."""

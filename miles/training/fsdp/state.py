@@ -11,6 +11,7 @@ would put the saved hyperparameters in place of the configured ones.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -35,23 +36,29 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 _STEP = "step"
 
 
-class PendingState:
-    """As `PendingSave`: host copies of this rank's shards, and the plan of who writes what."""
+@dataclass(frozen=True, slots=True)
+class SaveLayout:
+    """Who writes which part of which tensor: the same in every save of a trainer."""
 
-    def __init__(self, directory: Path, state: dict[str, torch.Tensor]) -> None:
-        """Collective. Nothing of `state` is used after it."""
-        self._planner = _CopyPlanner(_host_copies(state))
-        self._planner.set_up_planner(state, is_coordinator=dist.get_rank() == 0)
-        # Copying ahead would synchronize the trainer's CUDA stream with each tensor that is written.
-        self._writer = dcp.FileSystemWriter(directory, per_thread_copy_ahead=0)
-        self._writer.set_up_storage_writer(dist.get_rank() == 0, rank=dist.get_rank())
-        self._plan, self._metadata = self._agree_on_plan()
+    mine: SavePlan
+    whole: Metadata | None
+    """Of all tensors; on rank 0."""
+
+
+class PendingState:
+    """As `PendingSave`: host copies of this rank's shards on their way to the disk."""
+
+    def __init__(self, directory: Path, state: dict[str, torch.Tensor], layout: SaveLayout) -> None:
+        """Copies; nothing of `state` is used afterwards."""
+        self._copies = _Copies(state)
+        self._layout = layout
+        self._writer = _writer(directory)
         self._results: list[WriteResult] = []
 
     def write(self) -> None:
         """Write and fsync this rank's file. Raises OSError."""
         try:
-            self._results = self._writer.write_data(self._plan, self._planner).wait()
+            self._results = self._writer.write_data(self._layout.mine, self._copies).wait()
         except RuntimeError as error:
             # torch.save closes its half-written record and raises about that, after what the disk said.
             if isinstance(error.__context__, OSError):
@@ -60,28 +67,31 @@ class PendingState:
 
     def finalize(self) -> None:
         """Write `.metadata`, which says where each part of each tensor is. Raises OSError, on every rank."""
-        everyone = _gather(self._results)
+        results = _gather(self._results)
         error = None
-        if everyone is not None:
-            assert self._metadata is not None
+        if results is not None:
+            assert self._layout.whole is not None
             try:
-                self._writer.finish(self._metadata, everyone)
+                self._writer.finish(replace(self._layout.whole), results)
             except OSError as refused:
                 error = refused
         raise_together(error)
 
-    def _agree_on_plan(self) -> tuple[SavePlan, Metadata | None]:
-        """This rank's part of the plan; on rank 0 the metadata of the whole."""
-        plans = _gather(self._planner.create_local_plan())
-        parts: list[SavePlan] | None = None
-        metadata = None
-        if plans is not None:
-            parts, metadata = self._planner.create_global_plan(plans)
-            parts = self._writer.prepare_global_plan(parts)
-        mine: list[SavePlan | None] = [None]
-        dist.scatter_object_list(mine, parts, src=0)
-        assert mine[0] is not None
-        return self._planner.finish_plan(mine[0]), metadata
+
+def plan_save(state: dict[str, torch.Tensor]) -> SaveLayout:
+    """Divide the writing of `state` among the ranks: shards by their owners, scalars evenly. Collective."""
+    planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    planner.set_up_planner(state, is_coordinator=dist.get_rank() == 0)
+    plans = _gather(planner.create_local_plan())
+    parts: list[SavePlan] | None = None
+    whole = None
+    if plans is not None:
+        parts, whole = planner.create_global_plan(plans)
+        parts = _writer(Path()).prepare_global_plan(parts)  # names the files
+    mine: list[SavePlan | None] = [None]
+    dist.scatter_object_list(mine, parts, src=0)
+    assert mine[0] is not None
+    return SaveLayout(mine[0], whole)
 
 
 def trainer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -153,27 +163,28 @@ def difference(directory: Path, saved: Metadata, state: dict[str, torch.Tensor])
     )
 
 
-class _CopyPlanner(DefaultSavePlanner):
-    """Plans by the layout of the trainer's tensors and writes their host copies."""
+class _Copies(DefaultSavePlanner):
+    """This rank's shards in memory of their own on the host, where DCP's writer looks for them."""
 
-    def __init__(self, copies: dict[str, torch.Tensor]) -> None:
+    def __init__(self, state: dict[str, torch.Tensor]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._copies = copies
+        self._copies = {}
+        for name, tensor in state.items():
+            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            copy = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
+            self._copies[name] = copy.copy_(local, non_blocking=True)
+        if torch.cuda.is_initialized():
+            torch.cuda.current_stream().synchronize()
 
     def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
         return self._copies[index.fqn]
 
 
-def _host_copies(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """This rank's shards in memory of their own on the host."""
-    copies = {}
-    for name, tensor in state.items():
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        copy = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
-        copies[name] = copy.copy_(local, non_blocking=True)
-    if torch.cuda.is_initialized():
-        torch.cuda.current_stream().synchronize()
-    return copies
+def _writer(directory: Path) -> dcp.FileSystemWriter:
+    # Copying ahead, for tensors on a GPU, would make the writing thread wait for the trainer's stream.
+    writer = dcp.FileSystemWriter(directory, per_thread_copy_ahead=0)
+    writer.set_up_storage_writer(dist.get_rank() == 0, rank=dist.get_rank())
+    return writer
 
 
 def _read_metadata(directory: Path) -> Metadata:
