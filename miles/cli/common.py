@@ -52,7 +52,5 @@ def run_argument(run_dir: Path) -> str:
 
 
 def continue_command(run_dir: Path) -> str:
-    """The command that continues a run from its own resolved file."""
-    file = run_dir / "run.toml"
-    here = Path.cwd()
-    return f"miles submit {file.relative_to(here) if file.is_relative_to(here) else file} --local"
+    """The command that continues a run from its directory."""
+    return f"miles resume {run_argument(run_dir)}"

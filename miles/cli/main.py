@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from miles.cli import configure, run, submit
+from miles.cli import checkpoints, configure, resume, run, submit
 from miles.errors import Interrupted, MilesError
 
 app = typer.Typer(
@@ -24,10 +24,15 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("submit")(submit.submit)
+app.command("resume")(resume.resume)
+app.command("fork")(resume.fork)
 app.command("watch")(run.watch)
 app.command("status")(run.status)
 app.command("logs")(run.logs)
 app.command("stop")(run.stop)
+app.command("save")(checkpoints.save)
+app.command("checkpoints")(checkpoints.checkpoints)
+app.command("export")(checkpoints.export)
 app.command("report")(run.report)
 app.command("runs")(run.runs)
 app.command("init")(configure.init)

@@ -10,9 +10,6 @@ Owns which step is checked for what; the checks are those that the steps themsel
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -20,13 +17,12 @@ from pathlib import Path
 from miles.config.load import dump_resolved, load_resolved
 from miles.config.schema import DataSection, EvalStep, ModelSection, RlStep, RunConfig, SftStep
 from miles.config.steps import referred
-from miles.errors import DataError, MilesError
-from miles.runs.failures import FAILURE_VARIABLE, exit_with_failures, read_failure
+from miles.errors import DataError
+from miles.runs.failures import exit_with_failures
 from miles.runs.paths import STEP_PREFIX, RunPaths
+from miles.workflow.child import run_child
 
 CheckedStep = SftStep | RlStep | EvalStep
-
-_LOG_LINES = 20
 
 
 def check_inputs(config: RunConfig, paths: RunPaths, names: Iterable[str]) -> None:
@@ -38,23 +34,9 @@ def check_inputs(config: RunConfig, paths: RunPaths, names: Iterable[str]) -> No
     if not wanted:
         return
     with tempfile.TemporaryDirectory(prefix="miles-") as directory:
-        failure = Path(directory) / "failure.json"
         (Path(directory) / "run.toml").write_text(dump_resolved(config), encoding="utf-8")
-        done = subprocess.run(
-            [
-                *(sys.executable, "-m", "miles.workflow.preflight"),
-                *("--run-dir", str(paths.root), "--config", directory, "--steps", *wanted),
-            ],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            env=os.environ | {FAILURE_VARIABLE: str(failure)},
-            check=False,
-        )
-        if done.returncode != 0:
-            raise read_failure(failure) or _unexplained(done.returncode, done.stdout)
+        arguments = ["--run-dir", str(paths.root), "--config", directory, "--steps", *wanted]
+        run_child("miles.workflow.preflight", arguments, "the check of prompts, models and graders")
 
 
 def has_own_inputs(config: RunConfig, name: str) -> bool:
@@ -147,11 +129,6 @@ def _collect(checks: dict[str, Callable[[], None]]) -> None:
     if found:
         problems = "\n".join(f"step '{name}': {problem}" for name, problem in found.items())
         raise DataError(f"{len(found)} steps cannot run:\n{problems}")
-
-
-def _unexplained(code: int, output: str) -> MilesError:
-    tail = "\n".join(output.splitlines()[-_LOG_LINES:])
-    return MilesError(f"the check of prompts, models and graders ended with exit code {code}:\n{tail}")
 
 
 def main() -> None:

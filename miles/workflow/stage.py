@@ -16,6 +16,7 @@ from miles.errors import RunError
 from miles.runs.files import write_atomic
 from miles.runs.metrics import drop_stage
 from miles.runs.paths import RunPaths
+from miles.runs.rewind import rewind
 from miles.runs.samples import drop_samples
 from miles.workflow.fingerprint import Inputs
 from miles.workflow.plan import PlannedStep
@@ -54,16 +55,21 @@ def open_stage(paths: RunPaths, planned: PlannedStep) -> str:
     if planned.kind not in STAGES:
         return _start_over(paths, planned.name)
     refuse_changed_inputs(paths, planned)
-    name, note = planned.name, ""
-    state, conflict = read_state(paths, name), _conflict(paths, planned)
-    if not conflict:
-        note = f"continues after {state}" if state.step else ""
-    elif state.step or paths.inputs(name).exists():
-        discard(paths, name)
-        note = f"starts over ({conflict}); what it had trained is in discarded/" if state.step else ""
-    _remove_outputs(paths, name)
-    write_inputs(paths, name, planned.inputs)
+    note = opening_note(paths, planned)
+    if _conflict(paths, planned) and paths.inputs(planned.name).exists():
+        rewind(paths, planned.name, 0)
+    _remove_outputs(paths, planned.name)
+    write_inputs(paths, planned.name, planned.inputs)
     return note
+
+
+def opening_note(paths: RunPaths, planned: PlannedStep) -> str:
+    """Where a stage goes on from when it is opened now; empty: it begins."""
+    state = read_state(paths, planned.name)
+    if not state.step:
+        return ""
+    conflict = _conflict(paths, planned)
+    return f"starts over ({conflict}); its trained steps are in discarded/" if conflict else f"continues after {state}"
 
 
 def refuse_changed_inputs(paths: RunPaths, planned: PlannedStep) -> None:
@@ -83,13 +89,6 @@ def read_state(paths: RunPaths, name: str) -> StageState:
     while step + 1 in journaled:
         step += 1
     return StageState(checkpoint, step)
-
-
-def discard(paths: RunPaths, name: str) -> None:
-    """Move all state of a stage into discarded/."""
-    from miles.runs.rewind import rewind
-
-    rewind(paths, name, 0)
 
 
 def read_inputs(paths: RunPaths, name: str) -> Inputs | None:

@@ -1,0 +1,96 @@
+"""Starting a prepared run and showing it to its end: what `submit` and `resume` share."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from miles.cli.common import print_next, run_argument
+from miles.errors import Interrupted
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from miles.cluster.local import Driver
+    from miles.runs.paths import RunPaths
+    from miles.workflow.prepare import Prepared
+
+
+def drive(prepared: Prepared, console: Console, *, detach: bool, last: tuple[str, str]) -> None:
+    """Start the run, and show it until it has ended unless it is detached.
+
+    `last` is the command, with its meaning, that a run which is done ends with. Raises the MilesError that ended it.
+    """
+    from miles.cluster.local import start_driver
+    from miles.reports.watch import watch_run
+
+    paths = prepared.paths
+    name = run_argument(paths.root)
+    if prepared.set_aside is not None:
+        console.print(f"the earlier run is now {prepared.set_aside}", soft_wrap=True)
+    console.print(f"run directory: {paths.root}", soft_wrap=True)
+    for change in prepared.changes:
+        console.print(f"changed: {change}", markup=False, soft_wrap=True)
+    driver = start_driver(paths)
+    if detach:
+        console.print(f"started in the background, process {driver.pid}")
+        print_next(
+            console,
+            (f"miles watch {name}", "follow it"),
+            (f"miles logs {name} -f", "read its logs"),
+            (f"miles stop {name}", "stop it"),
+        )
+        return
+    watch_run(paths, console, running=_StopOnSignal(driver, console).running)
+    _finish(paths, driver, console, last)
+
+
+class _StopOnSignal:
+    """Ctrl-C, and whatever else ends this process, asks the driver to stop; the view goes on until it has."""
+
+    def __init__(self, driver: Driver, console: Console) -> None:
+        self._driver = driver
+        self._console = console
+        self._asked = False
+        self._said = False
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._ask)
+
+    def running(self) -> bool:
+        """Whether the driver runs; says once that it was asked to stop."""
+        if self._asked and not self._said:
+            self._said = True
+            message = "stopping at the next boundary; Ctrl-C again ends everything at once"
+            self._console.print(message, style="yellow")
+        return self._driver.running()
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True
+        self._driver.stop()
+
+
+def _finish(paths: RunPaths, driver: Driver, console: Console, last: tuple[str, str]) -> None:
+    from miles.reports.watch import print_summary
+
+    failure = driver.failure()
+    if isinstance(failure, Interrupted):
+        raise Interrupted(failure.message, fix=f"the same command continues {_where(paths)}")
+    if failure is not None:
+        raise failure
+    name = run_argument(paths.root)
+    print_summary(paths, console)
+    print_next(
+        console, (f"miles report {name}", "the report"), (f"miles status {name}", "steps, times, attempts"), last
+    )
+
+
+def _where(paths: RunPaths) -> str:
+    """Where a run that was stopped goes on, as far as its next step says it."""
+    from miles.config.load import load_resolved
+    from miles.workflow.plan import plan_run
+    from miles.workflow.stage import read_state
+
+    to_do = (planned for planned in plan_run(load_resolved(paths.root), paths) if planned.done is None)
+    state = read_state(paths, next(to_do).name)
+    return f"after {state}" if state.step else "the run"
