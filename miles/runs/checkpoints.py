@@ -76,7 +76,7 @@ class CheckpointStore:
         return self.read(step)
 
     def damage(self, step: int, *, share: tuple[int, int] = (0, 1), contents: bool = True) -> list[str]:
-        """What is wrong with a checkpoint, a line for each file; empty: it is as it was written.
+        """What is wrong with a checkpoint, a line for each file by its path in it; empty: it is as it was written.
 
         `share` is (rank, ranks): each looks at its part of the files, and all at the manifest. `contents=False` looks
         at sizes only. Raises RunError when a file cannot be judged, or a newer Miles wrote it.
@@ -84,13 +84,15 @@ class CheckpointStore:
         try:
             files = self.read(step).files
         except DamagedError as error:
-            return [error.message]
+            return [error.message.removeprefix(f"{self.path(step)}{os.sep}")]
         rank, ranks = share
         by_size = sorted(files, key=lambda name: (-files[name].size, name))
-        found = {
-            name: file_damage(self.path(step) / name, files[name], contents=contents) for name in by_size[rank::ranks]
-        }
-        return [f"{self.path(step) / name}: {what}" for name, what in sorted(found.items()) if what]
+        damage = []
+        for name in sorted(by_size[rank::ranks]):
+            what = file_damage(self.path(step) / name, files[name], contents=contents)
+            if what is not None:
+                damage.append(f"{name}: {what}")
+        return damage
 
     def draft(self, step: int) -> Path:
         """A new empty directory to build the checkpoint of a step in. Raises RunError."""

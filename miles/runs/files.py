@@ -47,7 +47,10 @@ def disk_errors(path: Path, doing: Literal["write", "read"] = "write") -> Iterat
     try:
         yield
     except OSError as error:
-        fixes = _FIXES | {errno.ENOENT: f"create the directory {path.parent}"}
+        missing = (
+            f"create the directory {path.parent}" if doing == "write" else "bring it back: nothing of Miles removes it"
+        )
+        fixes = _FIXES | {errno.ENOENT: missing}
         if error.errno not in fixes:
             raise
         message = f"cannot {doing} {path}: {os.strerror(error.errno)}"

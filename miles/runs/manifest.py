@@ -31,7 +31,7 @@ _BROKEN = (errno.EIO, errno.EUCLEAN, errno.EBADMSG)
 
 
 class DamagedError(RunError):
-    """A file of a checkpoint is missing or not what was written."""
+    """A file of a run's state is missing or not what was written."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from miles.errors import RunError
-from miles.runs.claim import Claim, current_holder, refuse_if_held
+from miles.runs.claim import CLAIM_VARIABLE, Claim, Fence, Overtaken, current_holder, refuse_if_held
 from miles.runs.paths import RunPaths
 
 HOLD = """
@@ -118,3 +118,50 @@ def test_exactly_one_of_many_claimants_wins_a_dead_processes_claim(tmp_path: Pat
         racer.communicate("")
     assert sorted(words) == ["lost\n"] * 3 + ["won\n"]
     assert not list((tmp_path / "claims").glob(".*"))
+
+
+def test_fence_lets_the_newest_attempt_pass_and_stops_the_ones_before(tmp_path: Path) -> None:
+    paths = RunPaths(tmp_path)
+    with Claim.acquire(paths) as first:
+        old = Fence(paths, first.number)
+        old.check()
+    old.check()  # released, and nobody took the run since
+    with Claim.acquire(paths) as second:
+        assert second.number == first.number + 1
+        Fence(paths, second.number).check()
+        with pytest.raises(
+            Overtaken, match=r"a newer attempt drives run .* \(claim 2, this one's is 1\); this one ends"
+        ):
+            old.check()
+
+
+def test_fence_stops_an_attempt_whose_claim_was_removed_even_if_its_number_is_given_out_again(tmp_path: Path) -> None:
+    paths = RunPaths(tmp_path)
+    lost = Claim.acquire(paths)
+    fence = Fence(paths, lost.number)
+    (tmp_path / "claims/000001.json").unlink()
+    with pytest.raises(Overtaken):
+        fence.check()
+    with Claim.acquire(paths) as newer:
+        assert newer.number == lost.number
+        with pytest.raises(Overtaken):
+            fence.check()
+        Fence(paths, newer.number).check()
+
+
+def test_fence_of_a_claim_that_is_gone_already_stops(tmp_path: Path) -> None:
+    with pytest.raises(Overtaken):
+        Fence(RunPaths(tmp_path), 1).check()
+
+
+def test_fence_comes_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = RunPaths(tmp_path)
+    for _ in range(2):
+        Claim.acquire(paths).release()
+    monkeypatch.delenv(CLAIM_VARIABLE, raising=False)
+    Fence.from_environment(paths).check()
+    monkeypatch.setenv(CLAIM_VARIABLE, "1")
+    with pytest.raises(Overtaken):
+        Fence.from_environment(paths).check()
+    monkeypatch.setenv(CLAIM_VARIABLE, "2")
+    Fence.from_environment(paths).check()

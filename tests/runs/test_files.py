@@ -1,3 +1,4 @@
+import errno
 import json
 import multiprocessing
 from pathlib import Path
@@ -5,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from miles.errors import RunError
-from miles.runs.files import append_json, read_json_lines, write_atomic, write_new
+from miles.runs.files import append_json, disk_errors, read_json_lines, write_atomic, write_new
 
 
 def test_atomic_write_replaces_whole_file_and_leaves_no_temporary(tmp_path: Path) -> None:
@@ -78,3 +79,37 @@ def test_refused_write_is_a_run_error_with_the_path(tmp_path: Path) -> None:
     blocker.write_text("")
     with pytest.raises(RunError, match=r"cannot write .*Not a directory"):
         write_atomic(blocker / "state.json", "x")
+
+
+@pytest.mark.parametrize(
+    ("number", "reason", "fix"),
+    [
+        (errno.ENOSPC, "No space left on device", "free some space"),
+        (errno.EDQUOT, "Disk quota exceeded", "your quota there is used up"),
+        (errno.EIO, "Input/output error", "the disk or its server failed"),
+        (errno.ESTALE, "Stale file handle", "its server took the directory away"),
+        (errno.EROFS, "Read-only file system", "make it writable"),
+        (errno.EACCES, "Permission denied", "make it writable"),
+        (errno.ENOENT, "No such file or directory", "create the directory /runs/demo"),
+    ],
+)
+def test_each_refusal_of_the_disk_says_what_to_do(number: int, reason: str, fix: str) -> None:
+    with pytest.raises(RunError) as caught, disk_errors(Path("/runs/demo/state")):
+        raise OSError(number, "as the system says it")
+    assert caught.value.message == f"cannot write /runs/demo/state: {reason}"
+    assert fix in str(caught.value.fix)
+
+
+def test_real_read_error_is_a_run_error() -> None:
+    """The start of a process's address space cannot be read: EIO."""
+    file = Path("/proc/self/mem")
+    if not file.exists():
+        pytest.skip("this system has no /proc/self/mem")
+    with pytest.raises(RunError, match="cannot read /proc/self/mem: Input/output error"), disk_errors(file, "read"):
+        file.read_bytes()
+
+
+def test_errors_of_the_program_pass_unchanged() -> None:
+    with pytest.raises(OSError, match="Bad file descriptor") as caught, disk_errors(Path("/runs/demo/state")):
+        raise OSError(errno.EBADF, "Bad file descriptor")
+    assert not isinstance(caught.value, RunError)

@@ -38,3 +38,11 @@ def test_reward_that_is_not_finite_is_read_as_none(tmp_path: Path) -> None:
     paths = RunPaths(tmp_path)
     write_samples(paths, "grpo", 1, [SampleRecord("p", "r", None, math.nan)])
     assert read_samples(paths, "grpo", 1)[0].reward is None
+
+
+def test_dropping_after_a_step_keeps_the_steps_up_to_it(tmp_path: Path) -> None:
+    paths = RunPaths(tmp_path)
+    for step in (1, 2, 3):
+        write_samples(paths, "grpo", step, [])
+    drop_samples(paths, "grpo", 2)
+    assert sampled_steps(paths, "grpo") == [1, 2]
