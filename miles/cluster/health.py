@@ -1,39 +1,60 @@
-"""Waiting until inference servers answer."""
+"""Asking an inference server, again and again and beside everything else, whether it answers."""
 
 from __future__ import annotations
 
 import http.client
-import time
-from collections.abc import Callable
+from threading import Event, Thread
+from typing import Literal
 
 from miles.cluster.ports import LOOPBACK
 
-_REQUEST_SECONDS = 10.0
+Route = Literal["/health", "/health_generate"]
+
+_REQUEST_SECONDS = 30.0
+"""Longer than a busy server holds a request back before it says that it is busy."""
 _PAUSE_SECONDS = 0.2
 
 
-def answers(port: int, token: str) -> bool:
-    """Whether the server on a port of this host is ready: GET /health_generate gives 200."""
+class HealthWatch:
+    """Asks one server of this host in a thread of its own, so that a server that is slow to answer delays nobody.
+
+    Until the first answer it asks for a token (`/health_generate`), which a server that still loads cannot give; then
+    only whether the server answers (`/health`), which it does while it is busy or its memory is released.
+    """
+
+    def __init__(self, port: int, token: str) -> None:
+        self._port = port
+        self._token = token
+        self._answered = Event()
+        self._ended = Event()
+        Thread(target=self._ask, name=f"health-{port}", daemon=True).start()
+
+    def take_answer(self) -> bool:
+        """Whether the server has answered since the last call."""
+        answered = self._answered.is_set()
+        self._answered.clear()
+        return answered
+
+    def end(self) -> None:
+        """Ask no more. Returns at once; a request on its way is forgotten."""
+        self._ended.set()
+
+    def _ask(self) -> None:
+        route: Route = "/health_generate"
+        while not self._ended.is_set():
+            if answers(self._port, self._token, route):
+                route = "/health"
+                self._answered.set()
+            self._ended.wait(_PAUSE_SECONDS)
+
+
+def answers(port: int, token: str, route: Route) -> bool:
+    """Whether the server on a port of this host answers a GET request with 200."""
     connection = http.client.HTTPConnection(LOOPBACK, port, timeout=_REQUEST_SECONDS)
     try:
-        connection.request("GET", "/health_generate", headers={"Authorization": f"Bearer {token}"})
+        connection.request("GET", route, headers={"Authorization": f"Bearer {token}"})
         return connection.getresponse().status == 200
     except (OSError, http.client.HTTPException):
-        return False  # not listening yet, or not answering in time: the caller's deadline decides
+        return False  # not listening yet, or not answering in time: who watches decides how long that may last
     finally:
         connection.close()
-
-
-def wait_until_ready(ports: list[int], token: str, *, timeout: float, interrupted: Callable[[], None]) -> list[int]:
-    """Ask all servers until each is ready or `timeout` seconds are over; returns the ports not ready.
-
-    `interrupted` is called between requests and raises to stop waiting (a server died, a signal came).
-    """
-    deadline = time.monotonic() + timeout
-    waiting = list(ports)
-    while waiting and time.monotonic() < deadline:
-        interrupted()
-        waiting = [port for port in waiting if not answers(port, token)]
-        if waiting:
-            time.sleep(_PAUSE_SECONDS)
-    return waiting

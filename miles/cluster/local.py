@@ -9,7 +9,6 @@ holds the claim on the run while it lives.
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import signal
 import subprocess
@@ -18,9 +17,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from miles.cluster.processes import POLL_SECONDS, end_leftovers
+from miles.cluster.processes import POLL_SECONDS
 from miles.cluster.signals import REPEAT_SECONDS, StopSignal
-from miles.cluster.supervisor import interrupted, log_to_stderr, supervise
+from miles.cluster.supervisor import continues, interrupted, log_to_stderr, supervise
 from miles.config.load import load_resolved
 from miles.config.schema import RunConfig
 from miles.errors import MilesError, RunError
@@ -31,19 +30,15 @@ from miles.runs.paths import RunPaths
 from miles.workflow.kinds import processes_of
 from miles.workflow.plan import PlannedStep, plan_run
 
-log = logging.getLogger(__name__)
-
 
 def run_workflow(paths: RunPaths, stop: StopSignal) -> None:
     """Claim the run and run every step that is not done. Raises the MilesError of the first that fails."""
-    with Claim.acquire(paths):
-        for name in end_leftovers(paths):
-            log.warning("ended %s, which an earlier attempt left behind", name)
+    with Claim.acquire(paths) as claim:
         config = load_resolved(paths.root)
         for planned in _pending(config, paths):
             if stop.requested:
                 raise interrupted(f"stopped before step '{planned.name}'", paths)
-            supervise(paths, planned, processes_of(config.steps[planned.name]), stop)
+            supervise(paths, planned, processes_of(config.steps[planned.name]), stop, claim)
 
 
 def start_driver(paths: RunPaths) -> Driver:
@@ -89,7 +84,7 @@ class Driver:
         explained = read_failure(self._paths.driver_failure) or full_disk(self._paths.root)
         return explained or RunError(
             f"the process that ran the steps ended with exit code {code} and left no word",
-            fix=f"read {self._paths.driver_log}",
+            fix=f"read {self._paths.driver_log}; {continues(self._paths)}",
         )
 
 

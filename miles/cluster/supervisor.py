@@ -2,8 +2,9 @@
 
     python -m miles.cluster.supervisor --run-dir D --step NAME
 
-Engines first, ranks when the engines answer. The death of any process, or a signal, ends all of them. Owns no
-order of steps (`miles.cluster.local`) and nothing of what the processes do.
+Ranks and engines start together; ranks wait for the engines themselves. The death of a rank, or a signal, ends all of
+them. Owns no order of steps (`miles.cluster.local`), no health of engines (`miles.cluster.engines`) and nothing of what
+the processes do.
 """
 
 from __future__ import annotations
@@ -11,61 +12,74 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import shutil
 import signal
 import time
 from pathlib import Path
 
 from miles.cluster.cpu import available_cores, cpu_environment, rank_environment
-from miles.cluster.health import wait_until_ready
-from miles.cluster.ports import LOOPBACK, choose_ports, is_free
-from miles.cluster.processes import POLL_SECONDS, Child, Command, first_dead, start, terminate
+from miles.cluster.engines import Engines
+from miles.cluster.ports import choose_ports
+from miles.cluster.processes import POLL_SECONDS, Child, Command, Launcher, end_leftovers, terminate, wait_for_ends
 from miles.cluster.signals import StopSignal
 from miles.config.load import load_resolved
 from miles.errors import ConfigError, EngineError, Interrupted, MilesError, TrainerError, did_you_mean
 from miles.runs.attempts import EndReason, begin_attempt, end_attempt
-from miles.runs.claim import Claim
+from miles.runs.claim import Claim, Fence
+from miles.runs.endpoints import ENGINES_VARIABLE
 from miles.runs.failures import exit_with_failures
-from miles.runs.metrics import drop_stage
 from miles.runs.paths import RunPaths
-from miles.runs.samples import drop_samples
 from miles.workflow.done import write_done
 from miles.workflow.kinds import Processes, processes_of
 from miles.workflow.plan import PlannedStep, plan_run
+from miles.workflow.stage import open_stage
 
 RANK_GRACE_SECONDS = 120.0
-"""How long ranks may take to reach a boundary after they were asked to stop."""
+"""How long ranks may take to save everything and end after they were asked to stop."""
 END_GRACE_SECONDS = 10.0
 """How long any process may take to end when there is nothing left to wait for."""
-
-PORT_TRIES = 3
-"""How often engines are started because another program took a port of theirs."""
+FENCE_SECONDS = 5.0
+"""How often the supervisor looks whether a newer attempt has taken the run over."""
 
 log = logging.getLogger(__name__)
 
 
-def supervise(paths: RunPaths, planned: PlannedStep, processes: Processes, stop: StopSignal) -> None:
+class TimeIsUp(Interrupted):
+    """The attempt ended because its time limit was near; the same command continues the run."""
+
+
+def supervise(paths: RunPaths, planned: PlannedStep, processes: Processes, stop: StopSignal, claim: Claim) -> None:
     """Run one step of a claimed run to its end, and record the attempt.
 
-    Raises the MilesError that ended it: EngineError, TrainerError, Interrupted, or what a process reported.
+    Raises the MilesError that ended it: EngineError, TrainerError, Interrupted, RunError when a newer attempt has taken
+    the run over (then nothing is recorded: the ledger is the other's), or what a process reported.
     """
-    note = start_from_the_beginning(paths, planned.name)
+    fence = Fence(paths, claim.number)
+    fence.check()
+    for name in end_leftovers(paths):
+        log.warning("ended %s, which an earlier attempt left behind", name)
+    note = open_stage(paths, planned)
     attempt = begin_attempt(paths, planned.name, note=note)
     log.info("step %s: attempt %d%s", planned.name, attempt, f" ({note})" if note else "")
     began = time.time()
-    supervision = Supervision(paths, planned.name, attempt, processes, stop)
+    launcher = Launcher(paths, planned.name, attempt, claim.number)
+    supervision = Supervision(launcher, processes, stop, fence)
     try:
         try:
             supervision.run()
         finally:
             supervision.end()
+        fence.check()
         now = time.time()
         write_done(paths, planned.name, planned.inputs, attempt=attempt, finished=now, seconds=now - began)
     except MilesError as error:
-        reason = end_reason(error, ranks_started=supervision.ranks_started)
+        fence.check()
+        reason = end_reason(error, engines_came_up=supervision.engines_came_up)
         end_attempt(paths, attempt, reason, exit_code=error.exit_code, detail=error.message)
+        if reason in (EndReason.ENGINE_CRASH, EndReason.TRAINER_CRASH):
+            error.fix = "; ".join(filter(None, [error.fix, continues(paths)]))
         raise
     except BaseException as error:
+        fence.check()
         end_attempt(paths, attempt, EndReason.FAILED, exit_code=1, detail=f"{type(error).__name__}: {error}")
         raise
     end_attempt(paths, attempt, EndReason.FINISHED)
@@ -74,70 +88,68 @@ def supervise(paths: RunPaths, planned: PlannedStep, processes: Processes, stop:
 
 def interrupted(what: str, paths: RunPaths) -> Interrupted:
     """The error of a run that was asked to stop, with the command that continues it."""
-    return Interrupted(what, fix=f"`miles submit {paths.config} --local` continues the run")
+    return Interrupted(what, fix=continues(paths))
 
 
-def end_reason(error: MilesError, *, ranks_started: bool) -> EndReason:
+def continues(paths: RunPaths) -> str:
+    """The command that continues a run, in a sentence."""
+    return f"`miles submit {paths.config} --local` continues the run"
+
+
+def end_reason(error: MilesError, *, engines_came_up: bool) -> EndReason:
     """The ledger's word for an error that ended a step."""
     match error:
+        case TimeIsUp():
+            return EndReason.TIME_LIMIT
         case Interrupted():
             return EndReason.STOPPED
         case EngineError():
-            return EndReason.ENGINE_CRASH if ranks_started else EndReason.ENGINE_START
+            return EndReason.ENGINE_CRASH if engines_came_up else EndReason.ENGINE_START
         case TrainerError():
             return EndReason.TRAINER_CRASH
         case _:
             return EndReason.FAILED
 
 
-def start_from_the_beginning(paths: RunPaths, name: str) -> str:
-    """Remove what an earlier start of the step left behind; returns a note for people, or an empty string.
-
-    There are no checkpoints yet: a step that was interrupted starts from its beginning.
-    """
-    lines = drop_stage(paths, name)
-    drop_samples(paths, name)
-    paths.progress.unlink(missing_ok=True)
-    if paths.step(name).exists():
-        shutil.rmtree(paths.step(name))
-    if lines == 0:
-        return ""
-    return f"starts again from its beginning; {lines} metrics lines of the earlier start are removed"
-
-
 class Supervision:
     """The processes of one attempt of one step."""
 
-    def __init__(self, paths: RunPaths, name: str, attempt: int, processes: Processes, stop: StopSignal) -> None:
-        self._paths = paths
-        self._name = name
-        self._attempt = attempt
+    def __init__(self, launcher: Launcher, processes: Processes, stop: StopSignal, fence: Fence) -> None:
+        self._paths = launcher.paths
+        self._name = launcher.step
         self._processes = processes
         self._stop = stop
-        self._engines: list[Child] = []
+        self._fence = fence
+        self._fence_checked = time.monotonic()
+        limit = processes.local.time_limit_minutes
+        self._deadline = None if limit is None else time.time() + 60 * limit
+        self._launcher = launcher
+        self._engines = Engines(launcher, processes)
         self._ranks: list[Child] = []
 
     @property
-    def ranks_started(self) -> bool:
-        return bool(self._ranks)
+    def engines_came_up(self) -> bool:
+        return self._engines.came_up
 
     def run(self) -> None:
         """Start everything; return when all ranks have ended well, else raise what ended the step."""
-        ports = self._start_engines()
-        self._start_ranks([f"http://{LOOPBACK}:{port}" for port in ports])
+        self._engines.start()
+        self._start_ranks()
         while not self._finished():
             if self._stop.requested:
-                terminate(self._ranks, grace=RANK_GRACE_SECONDS, hurry=self._in_a_hurry)
-                if not self._finished():
-                    raise self._interrupted()
+                self._stop_ranks()
+            elif self._deadline is not None and time.time() > self._deadline:
+                raise self._time_is_up(" and did not end in time by itself")
             else:
-                self._check_processes()
+                self._check_fence()
+                self._engines.check()
+                self._check_ranks()
                 time.sleep(POLL_SECONDS)
 
     def end(self) -> None:
-        """End every process that is left."""
+        """End every process that is left: engines last, because ranks collect from them what was generated."""
         terminate(self._ranks, grace=END_GRACE_SECONDS, hurry=self._in_a_hurry)
-        terminate(self._engines, grace=END_GRACE_SECONDS, hurry=self._in_a_hurry)
+        self._engines.end(grace=END_GRACE_SECONDS, hurry=self._in_a_hurry)
 
     def _finished(self) -> bool:
         return all(rank.exit_code() == 0 for rank in self._ranks)
@@ -145,110 +157,68 @@ class Supervision:
     def _in_a_hurry(self) -> bool:
         return self._stop.urgent
 
-    def _start_engines(self, tries: int = PORT_TRIES) -> list[int]:
-        """Start the engines and wait until they answer; returns their ports.
-
-        Between the choice of a port and the engine's start another program may take it: then all start on others.
-        """
-        ports = choose_ports(self._processes.engines, seed=os.getpid() + tries)
-        self._launch_engines(ports)
-        try:
-            self._wait_for_engines(ports)
-        except EngineError:
-            if tries == 1 or not self._lost_a_port(ports):
-                raise
-        else:
-            return ports
-        log.warning("step %s: another program took a port of the engines; they start again on others", self._name)
-        terminate(self._engines, grace=END_GRACE_SECONDS, hurry=self._in_a_hurry)
-        self._engines.clear()
-        return self._start_engines(tries - 1)
-
-    def _lost_a_port(self, ports: list[int]) -> bool:
-        """Whether an engine has ended and somebody listens on its port."""
-        pairs = zip(self._engines, ports, strict=True)
-        return any(engine.exit_code() is not None and not is_free(port) for engine, port in pairs)
-
-    def _launch_engines(self, ports: list[int]) -> None:
-        environment = cpu_environment(
-            threads=self._processes.local.threads, processes=max(1, len(ports)), cores=available_cores()
-        )
-        for index, port in enumerate(ports):
-            arguments = [*self._arguments(), "--index", str(index), "--port", str(port)]
-            command = Command("engine", index, self._processes.engine_module, arguments, environment)
-            self._start_into(self._engines, command)
-
-    def _start_ranks(self, engine_urls: list[str]) -> None:
-        (port,) = choose_ports(1, seed=os.getpid())
+    def _start_ranks(self) -> None:
+        (port,) = choose_ports(1, seed=64 * os.getpid() + 63)
         count = self._processes.ranks
         environment = cpu_environment(
             threads=self._processes.local.threads, processes=count, cores=available_cores()
-        ) | {"MILES_ENGINE_URLS": ",".join(engine_urls)}
+        ) | {ENGINES_VARIABLE: str(self._engines.file), "MILES_GRACE_SECONDS": f"{RANK_GRACE_SECONDS:g}"}
+        if self._deadline is not None:
+            environment["MILES_DEADLINE"] = repr(self._deadline)
         for rank in range(count):
             rank_env = environment | rank_environment(rank=rank, ranks=count, port=port)
-            command = Command(self._processes.role, rank, self._processes.module, self._arguments(), rank_env)
-            self._start_into(self._ranks, command)
+            command = Command(self._processes.role, rank, self._processes.module, environment=rank_env)
+            self._ranks.append(self._launcher.start(command))
 
-    def _start_into(self, children: list[Child], command: Command) -> None:
-        child = start(command, self._paths, self._attempt)
-        children.append(child)
-        log.info("step %s: started %s, process %d, log %s", self._name, child.name, child.pid, child.log)
+    def _stop_ranks(self) -> None:
+        """Ask the ranks to end at their boundary and wait. Raises Interrupted unless they were done."""
+        asked = time.monotonic()
+        for rank in self._ranks:
+            rank.signal(signal.SIGTERM)
+        wait_for_ends(self._ranks, grace=RANK_GRACE_SECONDS, hurry=self._in_a_hurry)
+        if not self._finished():
+            what = f"step '{self._name}' was stopped"
+            raise interrupted("; ".join([what, *self._disorder(time.monotonic() - asked)]), self._paths)
 
-    def _arguments(self) -> list[str]:
-        return ["--run-dir", str(self._paths.root), "--step", self._name]
+    def _disorder(self, seconds: float) -> list[str]:
+        """What went wrong while the ranks were to save everything and end, in sentences."""
+        lines = []
+        for rank in self._ranks:
+            report = rank.failure()
+            if rank.exit_code() is None:
+                lines.append(f"{rank.name} had not ended after {seconds:.0f} s and was killed")
+            elif report is not None and not isinstance(report, Interrupted):
+                lines.append(f"{rank.name} could not end in order: {report.message}")
+        return lines
 
-    def _wait_for_engines(self, ports: list[int]) -> None:
-        timeout = self._processes.startup_timeout
-        token = self._paths.engine_token.read_text().strip()
-        late = wait_until_ready(ports, token, timeout=timeout, interrupted=self._check_start)
-        if late:
-            child = self._engines[ports.index(late[0])]
-            raise EngineError(
-                f"{child.name} did not answer within {timeout:g} s\n{_end_of_log(child)}",
-                fix="raise engine.startup_timeout if it was still loading",
-            )
+    def _check_fence(self) -> None:
+        """Raise RunError when a newer attempt has taken the run over."""
+        if time.monotonic() - self._fence_checked > FENCE_SECONDS:
+            self._fence.check()
+            self._fence_checked = time.monotonic()
 
-    def _interrupted(self) -> Interrupted:
-        return interrupted(f"step '{self._name}' was stopped", self._paths)
-
-    def _check_start(self) -> None:
-        """Raise when the step is asked to stop before its ranks run, or an engine has ended."""
-        if self._stop.requested:
-            raise self._interrupted()
-        self._check_processes()
-
-    def _check_processes(self) -> None:
-        """Raise when an engine has ended, or a rank has ended badly."""
-        dead = first_dead(self._engines)
-        if dead is not None:
-            raise dead.failure() or EngineError(_death(dead), fix=self._fix(dead))
+    def _check_ranks(self) -> None:
+        """Raise what a rank that has ended badly says, else how it ended."""
         failed = [rank for rank in self._ranks if rank.exit_code() not in (None, 0)]
-        if failed:
-            # The first to fail is seen together with those that failed because of it: believe who explains.
-            reports = [report for rank in failed if (report := rank.failure()) is not None]
+        if not failed:
+            return
+        # The first to fail is seen together with those that failed because of it: believe who explains.
+        reports = [report for rank in failed if (report := rank.failure()) is not None]
+        errors = [report for report in reports if not isinstance(report, Interrupted)]
+        if errors:
+            raise errors[0]
+        if not reports:
             kind = TrainerError if self._processes.role == "trainer" else MilesError
-            raise reports[0] if reports else kind(_death(failed[0]), fix=self._fix(failed[0]))
+            raise kind(failed[0].death(), fix=failed[0].whole_log())
+        # They agreed to end, and each has its own to finish.
+        wait_for_ends(self._ranks, grace=RANK_GRACE_SECONDS, hurry=self._in_a_hurry)
+        raise self._time_is_up() if self._deadline is not None else interrupted(reports[0].message, self._paths)
 
-    def _fix(self, child: Child) -> str:
-        return f"read the whole log: `miles logs {self._paths.root.name} --role {child.command.role}`"
-
-
-def _death(child: Child) -> str:
-    """How a process ended and the end of its log."""
-    code = child.exit_code()
-    assert code is not None
-    if code >= 0:
-        how = f"ended with exit code {code}"
-    else:
-        how = f"was killed by {signal.Signals(-code).name}"
-        if -code == signal.SIGKILL:
-            how += " (the system does that when memory runs out)"
-    return f"{child.name} (process {child.pid}) {how}\n{_end_of_log(child)}"
-
-
-def _end_of_log(child: Child) -> str:
-    tail = child.log_tail()
-    return f"end of {child.log}:\n{tail}" if tail else f"its log {child.log} is empty"
+    def _time_is_up(self, how: str = "") -> TimeIsUp:
+        minutes = self._processes.local.time_limit_minutes
+        return TimeIsUp(
+            f"step '{self._name}' came to its time limit of {minutes:g} minutes{how}", fix=continues(self._paths)
+        )
 
 
 def main() -> None:
@@ -260,7 +230,7 @@ def main() -> None:
     stop = StopSignal()
     stop.listen()
     paths = RunPaths(arguments.run_dir.absolute())
-    with Claim.acquire(paths):
+    with Claim.acquire(paths) as claim:
         config = load_resolved(paths.root)
         plan = {planned.name: planned for planned in plan_run(config, paths)}
         if arguments.step not in plan:
@@ -271,7 +241,7 @@ def main() -> None:
         if plan[arguments.step].done:
             log.info("step %s is already done", arguments.step)
         else:
-            supervise(paths, plan[arguments.step], processes_of(config.steps[arguments.step]), stop)
+            supervise(paths, plan[arguments.step], processes_of(config.steps[arguments.step]), stop, claim)
 
 
 def log_to_stderr() -> None:

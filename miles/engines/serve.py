@@ -16,12 +16,14 @@ from miles.engines.sglang import serve_sglang, sglang_arguments
 from miles.engines.spec import EngineSpec, engine_spec
 from miles.errors import EngineError
 from miles.runs.failures import exit_with_failures
+from miles.runs.parent import end_with_parent
 from miles.runs.paths import RunPaths
 
 EngineKind = Literal["auto", "embedded", "sglang"]
 
 
 def main() -> None:
+    end_with_parent()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--step", required=True)

@@ -29,6 +29,8 @@ class EndReason(StrEnum):
     """An engine died while the step ran."""
     TRAINER_CRASH = "trainer-crash"
     """A rank of the step died."""
+    TIME_LIMIT = "time-limit"
+    """Ended itself because its time was nearly over."""
     FAILED = "failed"
     """The step ended with an error that it explained itself, or could not be started."""
 

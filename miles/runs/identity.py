@@ -44,8 +44,13 @@ class ProcessIdentity:
         if not self.local:
             return True
         try:
-            process = psutil.Process(self.pid)
-            same = abs(process.create_time() - self.started) < _CLOCK_TOLERANCE_SECONDS
-            return same and process.status() != psutil.STATUS_ZOMBIE
+            return self.present() and psutil.Process(self.pid).status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+    def present(self) -> bool:
+        """Whether a process of this host still bears the pid: it runs, or has ended and nobody has asked how."""
+        try:
+            return abs(psutil.Process(self.pid).create_time() - self.started) < _CLOCK_TOLERANCE_SECONDS
         except psutil.NoSuchProcess:
             return False

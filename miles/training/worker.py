@@ -18,12 +18,14 @@ from miles.config.schema import EvalStep, RlStep, SftStep
 from miles.errors import ConfigError
 from miles.runs.claim import Fence
 from miles.runs.failures import exit_with_failures
+from miles.runs.parent import end_with_parent
 from miles.runs.paths import RunPaths
 from miles.training.context import Context
 from miles.training.distributed import StopRequest, choose_device, process_group
 
 
 def main() -> None:
+    end_with_parent()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--step", required=True)

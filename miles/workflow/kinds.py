@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from miles.config.schema import EvalStep, LocalSection, ReportStep, RlStep, SftStep, TinyTaskStep
+from miles.config.schema import EngineSection, EvalStep, LocalSection, ReportStep, RlStep, SftStep, TinyTaskStep
 
 AnyStep = TinyTaskStep | SftStep | RlStep | EvalStep | ReportStep
 
@@ -21,22 +21,21 @@ class Processes:
     engines: int
     engine_module: str
     local: LocalSection
-    startup_timeout: float
-    """Seconds an engine may take until it answers."""
+    engine: EngineSection
 
 
 def processes_of(step: AnyStep) -> Processes:
     """The processes of a resolved step."""
     match step:
         case RlStep():
-            return _ranks(step.local, step.local.ranks, step.local.engines, step.engine.startup_timeout)
+            return _ranks(step.local, step.local.ranks, step.local.engines, step.engine)
         case SftStep():
-            return _ranks(step.local, step.local.ranks, engines=0, startup_timeout=0.0)
+            return _ranks(step.local, step.local.ranks, engines=0, engine=EngineSection())
         case EvalStep():
-            return _ranks(step.local, 1, step.local.engines, step.engine.startup_timeout)
+            return _ranks(step.local, 1, step.local.engines, step.engine)
         case TinyTaskStep() | ReportStep():
-            return Processes("miles.workflow.run_step", "step", 1, 0, "", LocalSection(), 0.0)
+            return Processes("miles.workflow.run_step", "step", 1, 0, "", LocalSection(), EngineSection())
 
 
-def _ranks(local: LocalSection, ranks: int, engines: int, startup_timeout: float) -> Processes:
-    return Processes("miles.training.worker", "trainer", ranks, engines, "miles.engines.serve", local, startup_timeout)
+def _ranks(local: LocalSection, ranks: int, engines: int, engine: EngineSection) -> Processes:
+    return Processes("miles.training.worker", "trainer", ranks, engines, "miles.engines.serve", local, engine)

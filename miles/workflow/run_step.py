@@ -12,10 +12,12 @@ from miles.config.load import load_resolved
 from miles.config.schema import ReportStep, TinyTaskStep
 from miles.errors import ConfigError
 from miles.runs.failures import exit_with_failures
+from miles.runs.parent import end_with_parent
 from miles.runs.paths import RunPaths
 
 
 def main() -> None:
+    end_with_parent()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--step", required=True)

@@ -120,7 +120,7 @@ def step_status(planned: PlannedStep, attempts: list[Attempt], *, driven: bool, 
     elif planned.done:
         state, seconds, detail = State.DONE, planned.done.seconds, ""
     elif last and last.ended is not None and reason is not EndReason.FINISHED:
-        state = State.STOPPED if reason is EndReason.STOPPED else State.FAILED
+        state = State.STOPPED if reason in (EndReason.STOPPED, EndReason.TIME_LIMIT) else State.FAILED
         seconds, detail = last.ended - last.started, last.detail
     return StepStatus(planned.name, planned.kind, state, len(attempts), started, seconds, reason, detail, note)
 

@@ -1,5 +1,6 @@
 """A run directory and a supervisor process whose workers and engines are stand-ins."""
 
+import json
 import os
 import subprocess
 import sys
@@ -35,7 +36,8 @@ def supervise(paths: RunPaths) -> Iterator[Supervise]:
         engine: str = "serve",
         ranks: int = 1,
         engines: int = 0,
-        timeout: float = 30.0,
+        local: dict[str, float] | None = None,
+        **engine_section: float,
     ) -> subprocess.Popen[str]:
         environment = os.environ | {
             "PYTHONPATH": f"{REPOSITORY}:{Path(__file__).parent / 'standins'}",
@@ -44,7 +46,7 @@ def supervise(paths: RunPaths) -> Iterator[Supervise]:
             FAILURE_VARIABLE: str(paths.root / "failure.json"),
         }
         command = [sys.executable, "-m", "standin_driver", str(paths.root), STEP]
-        command += [str(ranks), str(engines), str(timeout)]
+        command += [str(ranks), str(engines), json.dumps(local or {}), json.dumps(engine_section)]
         process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
         started.append(process)
         return process

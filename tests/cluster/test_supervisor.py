@@ -3,32 +3,22 @@
 import json
 import os
 import signal
-import subprocess
 from pathlib import Path
 
-import pytest
-
 from miles.cluster.ports import is_free
-from miles.errors import DataError, EngineError, Interrupted, TrainerError
-from miles.runs.attempts import Attempt, EndReason, read_attempts
-from miles.runs.claim import current_holder
+from miles.errors import DataError, TrainerError
+from miles.runs.attempts import EndReason
+from miles.runs.endpoints import read_endpoints
 from miles.runs.failures import read_failure
 from miles.runs.metrics import MetricsWriter, read_metrics
 from miles.runs.paths import RunPaths
 from miles.runs.samples import sampled_steps, write_samples
 from miles.workflow.done import read_done
-from tests.cluster.helpers import STEP, Supervise, gone, recorded_processes, wait_for, waiting_pids
-
-
-def _end(process: subprocess.Popen[str], paths: RunPaths) -> tuple[int, Attempt]:
-    """Exit code and last attempt of a supervisor, after which none of its processes is left."""
-    code = process.wait(timeout=120)
-    assert [record for record in recorded_processes(paths) if not gone(record["pid"])] == []
-    return code, read_attempts(paths)[-1]
+from tests.cluster.helpers import STEP, Supervise, end_of, gone, newest_pid, recorded_processes, wait_for, waiting_pids
 
 
 def test_step_runs_on_ranks_with_engines_and_is_recorded_as_done(paths: RunPaths, supervise: Supervise) -> None:
-    code, attempt = _end(supervise(ranks=2, engines=2), paths)
+    code, attempt = end_of(supervise(ranks=2, engines=2), paths)
     assert (code, attempt.reason) == (0, EndReason.FINISHED)
     done = read_done(paths, STEP)
     assert done is not None
@@ -38,9 +28,14 @@ def test_step_runs_on_ranks_with_engines_and_is_recorded_as_done(paths: RunPaths
         ("0", "0", "2"),
         ("1", "1", "2"),
     ]
-    urls = ranks[0]["MILES_ENGINE_URLS"].split(",")
+    assert {(env["MILES_ATTEMPT"], env["MILES_CLAIM"]) for env in ranks} == {("1", "1")}
+    assert "MILES_DEADLINE" not in ranks[0]
+    assert float(ranks[0]["MILES_GRACE_SECONDS"]) > 0
+    assert {env["MILES_ENGINES_FILE"] for env in ranks} == {str(paths.engines(1))}
+    engines = read_endpoints(paths.engines(1))
+    assert [(engine.index, engine.start, engine.ready) for engine in engines] == [(0, 1, True), (1, 1, True)]
+    urls = [engine.url for engine in engines]
     assert len(set(urls)) == 2
-    assert ranks[1]["MILES_ENGINE_URLS"].split(",") == urls
     assert ranks[0]["MASTER_PORT"] == ranks[1]["MASTER_PORT"] not in [url.rpartition(":")[2] for url in urls]
     assert all(is_free(int(url.rpartition(":")[2])) for url in urls), "the engines are gone"
     assert {path.name.split("-")[0] for path in paths.latest_logs.glob("*.log")} == {"engine", "trainer"}
@@ -54,53 +49,25 @@ def test_engine_token_is_on_no_command_line_and_in_no_environment(paths: RunPath
         proc = Path("/proc") / str(record["pid"])
         assert token.encode() not in (proc / "cmdline").read_bytes() + (proc / "environ").read_bytes()
     process.terminate()
-    _end(process, paths)
+    end_of(process, paths)
 
 
-def test_engine_that_cannot_start_ends_the_step_with_the_end_of_its_log(paths: RunPaths, supervise: Supervise) -> None:
-    code, attempt = _end(supervise(engine="one-crashes", engines=2), paths)
-    assert (code, attempt.reason) == (EngineError.exit_code, EndReason.ENGINE_START)
-    failure = read_failure(paths.root / "failure.json")
-    assert isinstance(failure, EngineError)
-    assert "engine 1" in failure.message
-    assert "exit code 3" in failure.message
-    assert failure.message.endswith("engine standing in\ncannot load the weights")
-    assert not list(paths.latest_logs.glob("trainer-*")), "no rank was started"
-    assert read_done(paths, STEP) is None
-
-
-def test_engine_that_never_answers_is_given_up_after_its_timeout(paths: RunPaths, supervise: Supervise) -> None:
-    code, attempt = _end(supervise(engine="silent", engines=1, timeout=2.0), paths)
-    assert (code, attempt.reason) == (EngineError.exit_code, EndReason.ENGINE_START)
-    assert "engine 0 did not answer within 2 s" in attempt.detail
-
-
-def test_engine_whose_port_was_taken_starts_on_another(paths: RunPaths, supervise: Supervise) -> None:
-    code, attempt = _end(supervise(engine="robbed", engines=1), paths)
-    assert (code, attempt.reason) == (0, EndReason.FINISHED)
-    url = json.loads((paths.step(STEP) / "rank-0.json").read_text())["MILES_ENGINE_URLS"]
-    assert url.rpartition(":")[2] != (paths.root / "robbed").read_text()
-
-
-@pytest.mark.parametrize(
-    ("role", "error", "reason"),
-    [("engine", EngineError, EndReason.ENGINE_CRASH), ("trainer", TrainerError, EndReason.TRAINER_CRASH)],
-)
-def test_killed_process_ends_all_others(
-    paths: RunPaths, supervise: Supervise, role: str, error: type[EngineError], reason: EndReason
-) -> None:
+def test_killed_rank_ends_all_others(paths: RunPaths, supervise: Supervise) -> None:
     process = supervise(worker="obey", ranks=2, engines=1)
     started = waiting_pids(paths, 0) + waiting_pids(paths, 1)
-    victim = next(record["pid"] for record in recorded_processes(paths) if record["role"] == role)
+    victim = newest_pid(paths, "trainer")
     os.kill(victim, signal.SIGKILL)
-    code, attempt = _end(process, paths)
-    assert (code, attempt.reason) == (error.exit_code, reason)
-    assert f"{role} 0 (process {victim}) was killed by SIGKILL" in attempt.detail
+    code, attempt = end_of(process, paths)
+    assert (code, attempt.reason) == (TrainerError.exit_code, EndReason.TRAINER_CRASH)
+    assert f"trainer 0 (process {victim}) was killed by SIGKILL" in attempt.detail
+    failure = read_failure(paths.root / "failure.json")
+    assert failure is not None
+    assert f"`miles submit {paths.config} --local` continues the run" in str(failure.fix)
     wait_for(lambda: all(gone(pid) for pid in started), "what the ranks had started to go")
 
 
 def test_failing_rank_is_named_with_the_end_of_its_log(paths: RunPaths, supervise: Supervise) -> None:
-    code, attempt = _end(supervise(worker="fail", ranks=2), paths)
+    code, attempt = end_of(supervise(worker="fail", ranks=2), paths)
     assert (code, attempt.reason, attempt.exit_code) == (6, EndReason.TRAINER_CRASH, 6)
     assert "trainer 1" in attempt.detail
     assert "exit code 7" in attempt.detail
@@ -108,61 +75,11 @@ def test_failing_rank_is_named_with_the_end_of_its_log(paths: RunPaths, supervis
 
 
 def test_error_that_a_rank_explains_is_the_error_of_the_step(paths: RunPaths, supervise: Supervise) -> None:
-    code, attempt = _end(supervise(worker="explain", ranks=2), paths)
+    code, attempt = end_of(supervise(worker="explain", ranks=2), paths)
     assert (code, attempt.reason) == (DataError.exit_code, EndReason.FAILED)
     failure = read_failure(paths.root / "failure.json")
     assert isinstance(failure, DataError)
     assert (failure.message, failure.fix) == ("prompt 17 is longer than the context", "set data.too_long")
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
-def test_signal_stops_the_step_at_the_ranks_boundary(
-    paths: RunPaths, supervise: Supervise, number: signal.Signals
-) -> None:
-    process = supervise(worker="obey", ranks=2, engines=1)
-    started = waiting_pids(paths, 0) + waiting_pids(paths, 1)
-    process.send_signal(number)
-    code, attempt = _end(process, paths)
-    assert (code, attempt.reason) == (Interrupted.exit_code, EndReason.STOPPED)
-    assert read_done(paths, STEP) is None
-    assert current_holder(paths) is None
-    wait_for(lambda: all(gone(pid) for pid in started), "what the ranks had started to go")
-
-
-def test_step_that_finishes_while_it_is_stopped_is_done(paths: RunPaths, supervise: Supervise) -> None:
-    process = supervise(worker="finish")
-    waiting_pids(paths)
-    process.terminate()
-    code, attempt = _end(process, paths)
-    assert (code, attempt.reason) == (0, EndReason.FINISHED)
-    assert read_done(paths, STEP) is not None
-
-
-def test_second_signal_does_not_wait_for_ranks_that_do_not_listen(paths: RunPaths, supervise: Supervise) -> None:
-    process = supervise(worker="deaf")
-    rank, grandchild = waiting_pids(paths)
-    process.terminate()
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(timeout=1.5)
-    process.terminate()
-    code, attempt = _end(process, paths)
-    assert (code, attempt.reason) == (Interrupted.exit_code, EndReason.STOPPED)
-    wait_for(lambda: gone(rank) and gone(grandchild), "the rank's process group to go")
-
-
-def test_leftovers_of_a_killed_supervisor_are_ended_before_the_next_attempt(
-    paths: RunPaths, supervise: Supervise
-) -> None:
-    first = supervise(worker="deaf", engines=1)
-    left = waiting_pids(paths)
-    first.kill()
-    first.wait()
-    assert not any(gone(pid) for pid in left)
-    code, _ = _end(supervise(worker="succeed"), paths)
-    assert code == 0
-    wait_for(lambda: all(gone(pid) for pid in left), "the leftovers to go")
-    killed, finished = read_attempts(paths)
-    assert (killed.ended, finished.reason) == (None, EndReason.FINISHED)
 
 
 def test_interrupted_step_starts_from_its_beginning_and_says_so(paths: RunPaths, supervise: Supervise) -> None:
@@ -172,7 +89,7 @@ def test_interrupted_step_starts_from_its_beginning_and_says_so(paths: RunPaths,
     write_samples(paths, STEP, 2, [])
     paths.step(STEP).mkdir()
     (paths.step(STEP) / "half-written").touch()
-    code, attempt = _end(supervise(), paths)
+    code, attempt = end_of(supervise(), paths)
     assert code == 0
     assert "starts again from its beginning" in attempt.note
     assert "2 metrics lines" in attempt.note
@@ -190,5 +107,5 @@ def test_second_supervisor_of_a_run_is_refused(paths: RunPaths, supervise: Super
     assert failure is not None
     assert f"in use by process {first.pid}" in failure.message
     first.terminate()
-    _, attempt = _end(first, paths)
+    _, attempt = end_of(first, paths)
     assert attempt.number == 1

@@ -35,6 +35,6 @@ def test_kind_has_its_processes(step: AnyStep, role: str, ranks: int, engines: i
     assert not engines or importlib.util.find_spec(processes.engine_module) is not None
 
 
-def test_startup_timeout_is_the_engines() -> None:
+def test_engines_are_as_the_step_says() -> None:
     step = RlStep(kind="rl", model=MODEL, data=DATA, engine=EngineSection(startup_timeout=7.0))
-    assert processes_of(step).startup_timeout == 7.0
+    assert processes_of(step).engine.startup_timeout == 7.0

@@ -1,13 +1,15 @@
-"""The supervisor's process with stand-in workers and engines: RUN_DIR STEP RANKS ENGINES STARTUP_TIMEOUT."""
+"""The supervisor's process with stand-in workers and engines: RUN_DIR STEP RANKS ENGINES LOCAL_SECTION ENGINE_SECTION.
+
+The sections are JSON.
+"""
 
 import sys
 from pathlib import Path
 
-from miles.cluster.processes import end_leftovers
 from miles.cluster.signals import StopSignal
 from miles.cluster.supervisor import log_to_stderr, supervise
 from miles.config.load import load_resolved
-from miles.config.schema import LocalSection
+from miles.config.schema import EngineSection, LocalSection
 from miles.runs.claim import Claim
 from miles.runs.failures import exit_with_failures
 from miles.runs.paths import RunPaths
@@ -16,13 +18,12 @@ from miles.workflow.plan import plan_run
 
 
 def main() -> None:
-    run_dir, step, ranks, engines, timeout = sys.argv[1:]
+    run_dir, step, ranks, engines, local, engine = sys.argv[1:]
     log_to_stderr()
     stop = StopSignal()
     stop.listen()
     paths = RunPaths(Path(run_dir))
-    with Claim.acquire(paths):
-        end_leftovers(paths)
+    with Claim.acquire(paths) as claim:
         plan = plan_run(load_resolved(paths.root), paths)
         planned = next(planned for planned in plan if planned.name == step)
         processes = Processes(
@@ -31,10 +32,10 @@ def main() -> None:
             int(ranks),
             int(engines),
             "standin_engine",
-            LocalSection(),
-            float(timeout),
+            LocalSection.model_validate_json(local),
+            EngineSection.model_validate_json(engine),
         )
-        supervise(paths, planned, processes, stop)
+        supervise(paths, planned, processes, stop, claim)
 
 
 exit_with_failures(main)

@@ -18,12 +18,18 @@ arguments = parser.parse_args()
 behaviour = os.environ["STANDIN_ENGINE"]
 
 
+ROUTES = ("/health_generate", "/health")
+
+
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         token = (arguments.run_dir / "secrets/engine-token").read_text().strip()
-        welcome = self.headers["Authorization"] == f"Bearer {token}" and self.path == "/health_generate"
+        welcome = self.headers["Authorization"] == f"Bearer {token}" and self.path in ROUTES
         self.send_response(200 if welcome else 401)
         self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing: the tests read the log."""
 
 
 print("engine standing in", flush=True)
@@ -39,6 +45,15 @@ if behaviour == "robbed" and not (arguments.run_dir / "robbed").exists():
             if probe.connect_ex(("127.0.0.1", arguments.port)) == 0:
                 sys.exit(1)
         time.sleep(0.02)
+if behaviour == "fragile":
+    starts = arguments.run_dir / f"starts-{arguments.index}"
+    with starts.open("a") as file:
+        file.write("+")
+    if starts.read_text() != "+":
+        print("cannot load the weights again", flush=True)
+        sys.exit(4)
+while behaviour == "patient" and not (arguments.run_dir / "go").exists():
+    time.sleep(0.02)
 if behaviour == "silent":
     time.sleep(600)
 HTTPServer(("127.0.0.1", arguments.port), Handler).serve_forever()
