@@ -38,6 +38,7 @@ from miles.training.distributed import choose_device
 from miles.training.megatron.cpu import cpu_megatron
 from miles.training.megatron.layout import create_grid
 from miles.training.megatron.model import HiddenStatesModel, build_model, uses_transformer_engine
+from miles.training.megatron.state import PendingState, StateSaver, Trainer, load_state
 from miles.training.megatron.weights import ShardedWeights
 from miles.training.token_outputs import token_outputs
 
@@ -130,6 +131,24 @@ class MegatronBackend:
             for _ in self.named_weights():
                 pass
         dist.barrier()
+
+    def begin_save(self, directory: Path) -> PendingState:
+        """As `TrainerBackend.begin_save`; see `miles.training.megatron.state` for the files."""
+        with self._platform():
+            return self._saver.begin(directory)
+
+    def load_state(self, directory: Path) -> None:
+        """As `TrainerBackend.load_state`, from any layout. Raises RunError for a state of another model."""
+        with self._platform():
+            load_state(directory, self._trainer)
+
+    @cached_property
+    def _saver(self) -> StateSaver:
+        return StateSaver(self._trainer)
+
+    @property
+    def _trainer(self) -> Trainer:
+        return Trainer(self._model, self._trainable.optimizer, self._weights.geometry, self._grid.data.group)
 
     @cached_property
     def _trainable(self) -> _Trainable:
