@@ -50,6 +50,10 @@ def explain(
         return
     facts = {"type": explanation.type, "default": explanation.default, "bounds": explanation.bounds}
     facts |= {"written in": "\n            ".join(explanation.written_in)}
+    if explanation.may_change is not None:
+        facts |= {
+            "may change": "yes, also in a run that exists" if explanation.may_change else "no, not in a run that exists"
+        }
     facts |= {"keys": ", ".join(explanation.keys)}
     console = stdout()
     console.print(Text(explanation.key, "bold"))

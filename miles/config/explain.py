@@ -24,12 +24,17 @@ from miles.config.fields import (
 )
 from miles.config.files import preset_names
 from miles.config.problems import shown
+from miles.config.schema import Mark
 from miles.errors import ConfigError, did_you_mean
 
 EXTENDS = (
     "Files that this one extends, first to last: paths relative to it, or `preset:NAME`. Tables merge key by "
     "key, lists and plain values are replaced, and this file has the last word. Presets: "
 )
+
+
+MAY_CHANGE = "↻"
+"""Marks keys that may change in the reference page."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +50,8 @@ class Explanation:
     text: str
     written_in: tuple[str, ...]
     """Where it may be written."""
+    may_change: bool | None = None
+    """Whether a run that exists takes a new value; None for what is no key of a step."""
     keys: tuple[str, ...] = ()
     """Keys of a section or a kind of step."""
 
@@ -84,6 +91,8 @@ def reference_markdown() -> str:
         "# Run file reference",
         "Generated from `miles/config/schema.py`; `miles config explain KEY` prints the same. "
         "How files, defaults, steps and overrides fit together is in [Configuration](../configuration.md).",
+        f"{MAY_CHANGE}: a run that exists takes a new value of the key ([resume](../resume.md)); all others hold for "
+        "its life, but `train.steps` may be raised while `lr_schedule` is `constant`.",
         "## Top level",
         _table([entry for entry in all_keys() if entry.name in RUN_KEYS]),
         "`extends` (string or list of strings): " + EXTENDS + ", ".join(f"`{name}`" for name in preset_names()) + ".",
@@ -111,8 +120,15 @@ def _key(key: Key) -> Explanation:
         default = "not set"
     else:
         default = shown(key.default)
-    text = key.text
-    return Explanation(key.name, type_name(key.field.annotation), default, bounds(key.field), text, _written_in(key))
+    return Explanation(
+        key=key.name,
+        type=type_name(key.field.annotation),
+        default=default,
+        bounds=bounds(key.field),
+        text=key.text,
+        written_in=_written_in(key),
+        may_change=Mark.MAY_CHANGE in key.field.metadata if key.kinds else None,
+    )
 
 
 def _written_in(key: Key) -> tuple[str, ...]:
@@ -136,13 +152,13 @@ def _section(name: str) -> Explanation:
     )
     keys = tuple(entry.name for entry in all_keys() if entry.home == name)
     kind = "list of tables" if name == "rewards" else "table"
-    return Explanation(name, kind, "its keys' defaults", "", _doc(SECTIONS[name]), written, keys)
+    return Explanation(name, kind, "its keys' defaults", "", _doc(SECTIONS[name]), written, keys=keys)
 
 
 def _kind(name: str) -> Explanation:
     own = [entry.name for entry in all_keys() if entry.home == "steps.NAME" and name in entry.kinds]
     written = (f'[steps.NAME] with kind = "{name}"',)
-    return Explanation(name, "kind of step", "", "", _doc(STEP_KINDS[name]), written, (*own, *sections_of(name)))
+    return Explanation(name, "kind of step", "", "", _doc(STEP_KINDS[name]), written, keys=(*own, *sections_of(name)))
 
 
 def _top_level(name: str) -> Explanation:
@@ -151,7 +167,7 @@ def _top_level(name: str) -> Explanation:
         text = EXTENDS + ", ".join(preset_names()) + "."
         return Explanation(name, "string or list of strings", "not set", "", text, written)
     text = "The steps of the run by name. Without any: an rl step called train, and a report step."
-    return Explanation(name, "table of tables", "not set", "", text, written, tuple(STEP_KINDS))
+    return Explanation(name, "table of tables", "not set", "", text, written, keys=tuple(STEP_KINDS))
 
 
 def _by_last_part(name: str) -> list[Key]:
@@ -171,6 +187,8 @@ def _table(entries: list[Key]) -> str:
         if entry.default is None and not entry.required:
             default = "not set"
         text = explanation.text.replace("\n", " ").replace("|", "\\|")
+        if explanation.may_change:
+            text += f" {MAY_CHANGE}"
         if inner := section_type(entry.field.annotation):
             name = next(name for name, model in SECTIONS.items() if model is inner)
             text += f" Keys as in `[{name}]`."

@@ -164,7 +164,7 @@ def type_name(annotation: Any) -> str:
     if origin is Annotated:
         return type_name(get_args(annotation)[0])
     if origin in (UnionType, Union):
-        return type_name(next(item for item in get_args(annotation) if item is not NoneType))
+        return alternatives(type_name(item) for item in get_args(annotation) if item is not NoneType)
     if origin is Literal:
         return alternatives(f'"{choice}"' for choice in get_args(annotation))
     if origin is list:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from miles.config.problems import Finding
+from miles.config.problems import Finding, shown
 from miles.config.schema import (
     AlgorithmSection,
     Backend,
+    CheckpointSection,
     DataSection,
     EngineSection,
     EvalSection,
@@ -37,6 +38,7 @@ def step_findings(step: StepBase) -> Iterator[Finding]:
             yield from _schedule(step.train)
             yield from _parallelism(step.train, step.local)
             yield from _data(step.data, "data")
+            yield from _best_checkpoint(step.checkpoint, None)
         case RlStep():
             yield from _schedule(step.train)
             yield from _parallelism(step.train, step.local)
@@ -46,6 +48,8 @@ def step_findings(step: StepBase) -> Iterator[Finding]:
             yield from _sampling(step.rollout)
             yield from _rewards(step.rewards)
             yield from _evaluation(step.eval, required=False)
+            yield from _off_policy(step.rollout, step.algorithm)
+            yield from _best_checkpoint(step.checkpoint, step.eval)
         case EvalStep():
             yield from _sampling(step.rollout)
             yield from _rewards(step.rewards)
@@ -163,6 +167,49 @@ def _sampling(rollout: RolloutSection) -> Iterator[Finding]:
             "rollout.stop",
             "rollout.stop has an empty string, which every response contains from the start",
             'remove "" from rollout.stop',
+        )
+
+
+def _off_policy(rollout: RolloutSection, algorithm: AlgorithmSection) -> Iterator[Finding]:
+    if (
+        rollout.over_sampling > 1
+        and rollout.off_policy_tokens == "correct"
+        and algorithm.importance_correction == "none"
+    ):
+        yield _finding(
+            "algorithm.importance_correction rollout.off_policy_tokens rollout.over_sampling",
+            f"rollout.over_sampling = {rollout.over_sampling:g} continues responses that older weights began, and with "
+            'algorithm.importance_correction = "none" nothing corrects their tokens',
+            'set algorithm.importance_correction = "tis", or rollout.off_policy_tokens = "mask"',
+        )
+
+
+def _best_checkpoint(section: CheckpointSection, evaluation: EvalSection | None) -> Iterator[Finding]:
+    """`evaluation` is None for a supervised step."""
+    name = section.keep_best
+    if name is None:
+        return
+    given = f"checkpoint.keep_best = {shown(name)}"
+    if evaluation is None:
+        yield _finding(
+            "checkpoint.keep_best",
+            f"{given}: a supervised step records nothing whose highest value is the best",
+            "write it for steps of kind rl only, in [steps.NAME.checkpoint]",
+        )
+        return
+    scores = ["eval/reward", *(f"eval/pass@{k}" for k in evaluation.pass_at)]
+    if name not in scores and not name.startswith("reward/"):
+        yield _finding(
+            "checkpoint.keep_best eval.pass_at",
+            f"{given}: no such score.{did_you_mean(name, [*scores, 'reward/mean'])}",
+            f"use reward/mean, {' or '.join(scores)}",
+        )
+    elif name in scores and (evaluation.data is None or not evaluation.every):
+        missing = 'eval.data = "FILE.jsonl"' if evaluation.data is None else "eval.every"
+        yield _finding(
+            "checkpoint.keep_best eval.every",
+            f"{given}, but there is no evaluation between the first step and the last",
+            f"write {missing}{' and eval.every' if evaluation.data is None else ''}, or keep by reward/mean",
         )
 
 

@@ -42,6 +42,9 @@ BOUND_ERRORS = (
     "less_than_equal",
     "finite_number",
 )
+_ALTERNATIVE = re.compile(r"literal\[.*\]|constrained-int")
+"""What pydantic puts behind the key of a value that may be one of several things."""
+
 SECTION_EXAMPLES = {
     "model": 'model = "DIR"',
     "data": 'data = "FILE.jsonl"',
@@ -94,7 +97,7 @@ def check_values(root: Node, steps: dict[str, Node]) -> Checked:
         config = RunConfig.model_validate(merged.plain())
         return Checked(config, dict(config.steps), {}, [])
     except ValidationError as error:
-        details = error.errors(include_url=False)
+        details = list(_details(error))
     missing: dict[str, list[str]] = {}
     bad: dict[str, set[KeyPath]] = {}
     problems = []
@@ -139,10 +142,22 @@ def default_problems(root: Node) -> Iterator[Problem]:
             try:
                 model.model_validate(row.plain())
             except ValidationError as error:
-                for detail in error.errors(include_url=False):
+                for detail in _details(error):
                     if detail["type"] != "missing":
                         path = ("steps", "NAME", section, *detail["loc"])
                         yield _translate(detail, path, row, row.nearest(detail["loc"]))
+
+
+def _details(error: ValidationError) -> Iterator[ErrorDetails]:
+    """What pydantic found. A value that is none of several alternatives is told once, not once for each of them."""
+    told = set()
+    for detail in error.errors(include_url=False):
+        loc = detail["loc"]
+        if not (loc and _ALTERNATIVE.fullmatch(str(loc[-1]))):
+            yield detail
+        elif loc[:-1] not in told:
+            told.add(loc[:-1])
+            yield {**detail, "loc": loc[:-1], "type": "alternatives"}
 
 
 def _without_tag(loc: KeyPath) -> KeyPath:
@@ -162,6 +177,8 @@ def _translate(detail: ErrorDetails, path: KeyPath, merged: Node, node: Node | N
     limit = bounds(key.field) if key else ""
     if detail["type"] == "too_short":
         message = f"{given}: must not be empty"
+    elif detail["type"] == "alternatives" and type(node.value) is int:
+        message = f"{given}: must be {' or '.join([*(shown(choice) for choice in _choices(wanted)), limit])}"
     elif detail["type"] in BOUND_ERRORS:
         message = f"{given}: must be {limit or 'finite'}"
     elif detail["type"] in ("enum", "literal_error") and isinstance(node.value, str):

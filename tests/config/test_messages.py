@@ -286,6 +286,38 @@ CASES = {
         "run.toml:5: eval.data is missing",
         'fix: write eval.data = "FILE.jsonl"',
     ),
+    # State
+    "neither a number nor a word": (
+        HEAD + "[checkpoint]\nevery = 1.5",
+        'run.toml:5: checkpoint.every = 1.5 is a number: "auto" or whole number is wanted',
+        'fix: for example the default, every = "auto"',
+    ),
+    "number below its bound where a word may stand": (
+        HEAD + "[checkpoint]\nevery = 0",
+        'run.toml:5: checkpoint.every = 0: must be "auto" or >= 1',
+        'fix: for example the default, every = "auto"',
+    ),
+    "tokens of older weights that nothing corrects": (
+        HEAD + '[rollout]\nover_sampling = 1.5\n[algorithm]\nimportance_correction = "none"',
+        "run.toml:7: rollout.over_sampling = 1.5 continues responses that older weights began, and with "
+        'algorithm.importance_correction = "none" nothing corrects their tokens',
+        'fix: set algorithm.importance_correction = "tis", or rollout.off_policy_tokens = "mask"',
+    ),
+    "best checkpoint by an unknown score": (
+        HEAD + '[checkpoint]\nkeep_best = "eval/pass@2"',
+        "run.toml:5: checkpoint.keep_best = \"eval/pass@2\": no such score. Did you mean 'eval/pass@1'?",
+        "fix: use reward/mean, eval/reward or eval/pass@1",
+    ),
+    "best checkpoint by an evaluation that is not made": (
+        HEAD + '[checkpoint]\nkeep_best = "eval/reward"',
+        'run.toml:5: checkpoint.keep_best = "eval/reward", but there is no evaluation between the first step and the',
+        'fix: write eval.data = "FILE.jsonl" and eval.every, or keep by reward/mean',
+    ),
+    "best checkpoint of a supervised step": (
+        STEPS.replace('"rl"', '"sft"') + '[checkpoint]\nkeep_best = "reward/mean"',
+        'run.toml:9: checkpoint.keep_best = "reward/mean": a supervised step records nothing whose highest value is',
+        "fix: write it for steps of kind rl only, in [steps.NAME.checkpoint]",
+    ),
     # Names and the graph
     "name of the run": (
         'name = "my run/1"\nmodel = "hf"\ndata = "prompts.jsonl"',
