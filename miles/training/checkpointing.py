@@ -22,8 +22,10 @@ import torch.distributed as dist
 from miles.config.schema import CheckpointSection
 from miles.errors import MilesError, RunError
 from miles.runs.attempts import read_attempts
-from miles.runs.checkpoints import CheckpointInfo, CheckpointStore, FileSum, sum_files
+from miles.runs.checkpoints import CheckpointStore
+from miles.runs.claim import Overtaken
 from miles.runs.files import disk_errors
+from miles.runs.manifest import CheckpointInfo, FileSum, sum_files
 from miles.runs.trackers import tracker_ids
 from miles.training.backend import PendingSave, TrainerBackend
 from miles.training.context import Context
@@ -69,9 +71,7 @@ class Checkpointer:
         Damaged newer ones are named in the log and set aside. Raises RunError when there are checkpoints and none is
         intact: beginning anew is then for the user to say.
         """
-        if self._context.is_rank_zero:
-            self._store.clean()
-        steps = from_rank_zero(self._store.steps() if self._context.is_rank_zero else None)
+        steps = self._steps()
         damaged: dict[int, list[str]] = {}
         for step in reversed(steps):
             damage = self._damage(step)
@@ -103,6 +103,8 @@ class Checkpointer:
         try:
             draft = self._new_draft(step, extra)
             pending = self._trainer.begin_save(draft / "trainer")
+        except Overtaken:
+            raise
         except RunError as error:
             self._failed(step, error)
             return time.monotonic() - start
@@ -146,18 +148,41 @@ class Checkpointer:
         """The oldest step whose checkpoint is kept; 0: none is. Not collective; rank 0."""
         return min(self._store.steps(), default=0)
 
+    def _steps(self) -> list[int]:
+        """The steps with a checkpoint, on every rank, after the leftovers of killed saves are gone."""
+        error, steps = None, None
+        if self._context.is_rank_zero:
+            try:
+                self._store.clean()
+                steps = self._store.steps()
+            except RunError as refused:
+                error = refused
+        raise_together(error)
+        return from_rank_zero(steps)
+
     def _damage(self, step: int) -> list[str]:
-        mine = self._store.damage(step, share=(dist.get_rank(), dist.get_world_size()))
+        """What is wrong with a checkpoint; each rank looks at its share of the files."""
+        error, mine = None, []
+        try:
+            mine = self._store.damage(step, share=(dist.get_rank(), dist.get_world_size()))
+        except RunError as refused:
+            error = refused
+        raise_together(error)
         everyone: list[list[str]] = [[]] * dist.get_world_size()
         dist.all_gather_object(everyone, mine)
-        return [line for lines in everyone for line in lines]
+        # A damaged manifest is seen by every rank.
+        return list(dict.fromkeys(line for lines in everyone for line in lines))
 
     def _set_aside(self, damaged: dict[int, list[str]]) -> None:
-        for step, damage in damaged.items():
-            if self._context.is_rank_zero:
-                log.warning("checkpoint of step %d is damaged and set aside: %s", step, "; ".join(damage))
-                self._store.set_aside(step, damage[0])
-        dist.barrier()
+        error = None
+        if self._context.is_rank_zero:
+            try:
+                for step, damage in damaged.items():
+                    log.warning("checkpoint of step %d is damaged and set aside: %s", step, "; ".join(damage))
+                    self._store.set_aside(step, damage[0])
+            except RunError as refused:
+                error = refused
+        raise_together(error)
 
     def _all_damaged(self, damaged: dict[int, list[str]]) -> RunError:
         name = self._context.run_name
@@ -232,7 +257,9 @@ class Checkpointer:
             dist.all_gather_object(sums, writing.sums)
             error = self._commit_files(writing, sums) if self._context.is_rank_zero else None
             raise_together(error)
-        except (RunError, OSError) as error:
+        except Overtaken:
+            raise
+        except RunError as error:
             self._failed(writing.step, error)
             if self._context.is_rank_zero:
                 self._store.abandon(writing.draft)
@@ -259,12 +286,16 @@ class Checkpointer:
         )
         try:
             directory = self._store.commit(writing.draft, info, {name: s for part in sums for name, s in part.items()})
-            keep = self._section
-            self._store.prune(keep.keep_last, keep.keep_every, keep.keep_best)
-            self._context.paths.save_request.unlink(missing_ok=True)
         except RunError as error:
             return error
         log.info("saved step %d in %.1f s: %s", writing.step, seconds, directory)
+        self._context.paths.save_request.unlink(missing_ok=True)
+        try:
+            self._store.prune(self._section.keep_last, self._section.keep_every, self._section.keep_best)
+        except Overtaken as error:
+            return error
+        except RunError as error:
+            log.warning("older checkpoints stay for now: %s", error)
         return None
 
     def _failed(self, step: int, error: Exception) -> None:
@@ -293,7 +324,9 @@ class _Writing(Thread):
         try:
             with disk_errors(self.draft):
                 self._pending.write()
-                torch.save(self._rng, self.draft / "rng" / _rng_file(rank))
+                # Through a file of Python's: torch's own writer turns the disk's errors into a RuntimeError.
+                with (self.draft / "rng" / _rng_file(rank)).open("wb") as file:
+                    torch.save(self._rng, file)
                 own = [*self.draft.glob(f"trainer/__{rank}_*"), self.draft / "rng" / _rng_file(rank)]
                 self.sums = sum_files(self.draft, [str(path.relative_to(self.draft)) for path in own])
         except Exception as error:
