@@ -1,13 +1,13 @@
 """Runs that are killed again and again: python benchmarks/chaos.py [--kills 20] [--backend fsdp] [--partial]
 
 A small run (tests/chaos/run.py: a few supervised steps, then a dozen of reinforcement learning) is done once without
-disturbance. Then the same run file is submitted again and again while its processes are killed at random moments, until
-it ends; after that its result is compared with the undisturbed one, bit for bit (tests/chaos/audit.py), and the next run
-begins with other moments. Writes benchmarks/results/chaos-CASE.json after each run.
+disturbance. Then the same run file is submitted again and again while its processes are killed at random moments,
+until it ends; after that its result is compared with the undisturbed one, bit for bit (tests/chaos/audit.py), and the
+next run begins with other moments. Writes benchmarks/results/chaos-CASE.json after each run.
 
-`seconds_to_first_token`: from the start of the continuing command to the first new file in the rollout journal, which is
-at most journal.flush_seconds (0.5) after the token itself; of commands that had to generate. `seconds_to_first_step`: to
-the first new line of metrics.
+`seconds_to_first_token`: from the start of the continuing command to the first new file in the rollout journal, which
+is at most journal.flush_seconds (0.5) after the token itself; of commands that had to generate.
+`seconds_to_first_step`: to the first new line of metrics.
 """
 
 from __future__ import annotations

@@ -8,23 +8,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import xxhash
 from safetensors.numpy import load_file
 
-from miles.config.load import load_resolved
-from miles.config.schema import RlStep
-from miles.data.sample import Group, Prompt
-from miles.rollout.inputs import open_inputs
+from miles.data.sample import Group
 from miles.runs.checkpoints import CheckpointStore
 from miles.runs.claim import Fence
-from miles.runs.journal import Batch, Journal
+from miles.runs.journal import Batch, read_batch
+from miles.runs.journal.files import newest_batch, step_directories
 from miles.runs.metrics import MetricsLine, read_metrics
 from miles.runs.paths import RunPaths
 from tests.chaos.run import STAGE, WARMUP, remains
 
+STAGES = (WARMUP, STAGE)
 NOT_COMPARED = ("time/",)
 """Prefixes of metrics that say how long something took."""
 
@@ -53,10 +51,10 @@ def weights(paths: RunPaths, stage: str = STAGE) -> Tensors:
     }
 
 
-def weight_findings(paths: RunPaths, reference: RunPaths) -> list[str]:
+def weight_findings(paths: RunPaths, reference: RunPaths, stages: tuple[str, ...] = STAGES) -> list[str]:
     """Tensors of the final models that are not the same bits."""
     findings = []
-    for stage in (WARMUP, STAGE):
+    for stage in stages:
         mine, other = weights(paths, stage), weights(reference, stage)
         if not other:
             findings.append(f"the undisturbed run has no model of {stage}")
@@ -67,15 +65,9 @@ def weight_findings(paths: RunPaths, reference: RunPaths) -> list[str]:
 
 
 def read_journal(paths: RunPaths) -> dict[int, Batch]:
-    """The batches of all steps."""
-    step = load_resolved(paths.root).steps[STAGE]
-    assert isinstance(step, RlStep)
-    inputs = open_inputs(step, paths)
-    inputs.grader.close()
-    prompts: dict[str, Prompt] = {prompt.id: prompt for prompt in inputs.prompts}
-    journal = Journal(paths, STAGE, Fence(paths, None), prompts)
-    batches = {number: journal.read_batch(number) for number in journal.steps()}
-    return {number: batch for number, batch in batches.items() if batch is not None}
+    """The decisions of all steps. Nothing is changed, not even what is damaged."""
+    files = {step: newest_batch(directory) for step, directory in step_directories(paths.journal(STAGE)).items()}
+    return {step: read_batch(file.path, None) for step, file in files.items() if file is not None}
 
 
 def journal_findings(paths: RunPaths, reference: RunPaths) -> list[str]:
@@ -145,10 +137,10 @@ def _routes(routes: np.ndarray | None) -> np.ndarray:
     return np.empty(0) if routes is None else routes
 
 
-def metric_findings(paths: RunPaths, reference: RunPaths) -> list[str]:
+def metric_findings(paths: RunPaths, reference: RunPaths, stages: tuple[str, ...] = STAGES) -> list[str]:
     """Steps that are missing, repeated or out of order in metrics.jsonl, and values that differ."""
     findings = []
-    for stage in (WARMUP, STAGE):
+    for stage in stages:
         mine, other = ([line for line in read_metrics(each) if line.stage == stage] for each in (paths, reference))
         steps, other_steps = ([line.step for line in lines] for lines in (mine, other))
         if steps != other_steps or steps != list(range(steps[0], len(steps) + steps[0])):
@@ -168,22 +160,17 @@ def _compared(line: MetricsLine) -> dict[str, str]:
     return {name: repr(value) for name, value in line.values.items() if not name.startswith(NOT_COMPARED)}
 
 
-def checkpoint_findings(paths: RunPaths) -> list[str]:
+def checkpoint_findings(paths: RunPaths, stages: tuple[str, ...] = STAGES) -> list[str]:
     """Checkpoints that do not verify, and drafts that were left behind."""
     findings = []
-    for stage in (WARMUP, STAGE):
+    for stage in stages:
         store = CheckpointStore(paths, stage, Fence(paths, None))
         if not store.steps():
             findings.append(f"{stage} has no checkpoint")
         findings += [f"{stage}, checkpoint {step}: {text}" for step in store.steps() for text in store.damage(step)]
-    findings += [f"left behind: {path}" for path in leftovers(paths)]
+        drafts = [*paths.checkpoints(stage).glob(".*"), *paths.journal(stage).rglob(".*")]
+        findings += [f"left behind: {path}" for path in sorted(drafts)]
     return findings
-
-
-def leftovers(paths: RunPaths) -> list[Path]:
-    """Files and directories under temporary names."""
-    hidden = [*paths.root.glob("checkpoints/*/.*"), *paths.root.glob("journal/**/.*")]
-    return sorted([*hidden, *paths.root.rglob("*.tmp")])
 
 
 def process_findings(paths: RunPaths) -> list[str]:

@@ -25,6 +25,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/sendfile.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -188,6 +189,14 @@ ssize_t pwrite(int fd, const void *data, size_t size, off_t offset) {
     return REAL(pwrite)(fd, data, size, offset);
 }
 ssize_t pwrite64(int fd, const void *data, size_t size, off64_t offset) { return pwrite(fd, data, size, offset); }
+ssize_t sendfile(int to, int from, off_t *offset, size_t size) {
+    return at_fd("sendfile", to) ? -1 : REAL(sendfile)(to, from, offset, size);
+}
+ssize_t sendfile64(int to, int from, off64_t *offset, size_t size) { return sendfile(to, from, offset, size); }
+ssize_t copy_file_range(int from, off64_t *from_offset, int to, off64_t *to_offset, size_t size, unsigned flags) {
+    if (at_fd("copy_file_range", to)) return -1;
+    return REAL(copy_file_range)(from, from_offset, to, to_offset, size, flags);
+}
 int ftruncate(int fd, off_t size) { return at_fd("ftruncate", fd) ? -1 : REAL(ftruncate)(fd, size); }
 int ftruncate64(int fd, off64_t size) { return at_fd("ftruncate", fd) ? -1 : REAL(ftruncate64)(fd, size); }
 int fsync(int fd) { return at_fd("fsync", fd) ? -1 : REAL(fsync)(fd); }

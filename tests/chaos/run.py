@@ -30,7 +30,7 @@ WARMUP = "warmup"
 STUCK_SECONDS = 300.0
 """A submit that takes longer hangs: many times what a whole run takes on two busy cores."""
 
-GRADER = '''"""A reward that an untrained model gets for half of its responses: there are gradients, and groups to drop."""
+GRADER = '''"""A reward that an untrained model gets half of the time: there are gradients, and groups to drop."""
 
 
 def grade(prompt, response, label, metadata):
@@ -216,7 +216,7 @@ def processes(paths: RunPaths) -> dict[int, str]:
 
 
 def remains(paths: RunPaths) -> dict[int, str]:
-    """Live processes that were started for the run, in whatever way: their command or environment names its directory."""
+    """Live processes that were started for the run in whatever way: command or environment names its directory."""
     found = {}
     for process in psutil.process_iter():
         try:

@@ -36,14 +36,13 @@ class Change:
 class Shim:
     """The compiled shim over one directory. `work` (outside of it) gets the library, the control file and the log."""
 
-    def __init__(self, work: Path, below: Path, *, part: str = "") -> None:
+    def __init__(self, work: Path, below: Path) -> None:
         compiler = shutil.which("cc")
         assert compiler, "the proofs need a C compiler: apt-get install gcc libc6-dev"
         work.mkdir(parents=True, exist_ok=True)
         self._library, self._file, self._log = work / "disk_shim.so", work / "control", work / "control.log"
-        self._texts = str(below).encode().ljust(_BELOW, b"\0") + part.encode().ljust(_PART, b"\0")
         subprocess.run([compiler, "-shared", "-fPIC", "-O2", "-Wall", "-o", self._library, SOURCE, "-ldl"], check=True)
-        self._file.write_bytes(bytes(_NUMBERS.size) + self._texts)
+        self._file.write_bytes(bytes(_NUMBERS.size) + str(below).encode().ljust(_BELOW, b"\0") + bytes(_PART))
         with self._file.open("r+b") as file:
             self._control = mmap.mmap(file.fileno(), 0)
 
@@ -52,14 +51,15 @@ class Shim:
         """Of processes that run under the shim, beside their own."""
         return {"LD_PRELOAD": str(self._library), "DISK_SHIM": str(self._file)}
 
-    def arm(self, first: int = 0, last: int | None = None, *, action: int = KILL, logging: bool = True) -> None:
+    def arm(self, first: int = 0, last: int | None = None, *, action: int = KILL, part: str = "") -> None:
         """Count from 0 again; the changes from `first` (0: none) to `last` (not given: that one) meet `action`.
 
-        `action` is KILL, TORN or an errno.
+        `action` is KILL, TORN or an errno. With `part`, only changes to paths that contain it count.
         """
         self._log.unlink(missing_ok=True)
-        numbers = _NUMBERS.pack(0, first, first if last is None else last, action, logging)
-        self._control[: _NUMBERS.size] = numbers
+        self._control[: _NUMBERS.size] = bytes(_NUMBERS.size)
+        self._control[_NUMBERS.size + _BELOW :] = part.encode().ljust(_PART, b"\0")
+        self._control[: _NUMBERS.size] = _NUMBERS.pack(0, first, first if last is None else last, action, 1)
 
     def count(self) -> int:
         """Changes since it was armed."""
