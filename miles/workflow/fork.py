@@ -107,7 +107,8 @@ def _refuse_changed_origin(config: RunConfig, plan: dict[str, PlannedStep], stag
         raise RunError(
             f"a checkpoint of '{stage}' was made from the output of '{changed}', which would run again: "
             f"{plan[changed].why}",
-            fix=f"change keys of '{stage}' and later steps only, or `--stage {stage} --from start` to train it anew",
+            fix=f"change keys of '{stage}' and later steps only (`--set steps.{stage}.KEY=VALUE`), or "
+            f"`--stage {stage} --from start` to train it anew",
         )
 
 
