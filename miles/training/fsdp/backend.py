@@ -22,10 +22,10 @@ from miles.config.schema import TrainSection
 from miles.data.batch import MicroBatch
 from miles.errors import TrainerError
 from miles.models.checkpoint import write_model
-from miles.training.backend import Layout, LossFunction, TokenOutputs, UpdateStats
+from miles.training.backend import Layout, LossFunction, PendingSave, TokenOutputs, UpdateStats
 from miles.training.distributed import choose_device
 from miles.training.fsdp.model import build_policy_model, checkpoint_weights
-from miles.training.fsdp.state import PendingState, SaveLayout, load_state, plan_save, trainer_state
+from miles.training.fsdp.state import StateSaver, load_state
 
 
 class FsdpBackend:
@@ -42,7 +42,7 @@ class FsdpBackend:
         mesh = init_device_mesh(self.device.type, (ranks,))
         self._model = build_policy_model(model_dir, train, mesh, trust_remote_code=trust_remote_code)
         self._optimizer = _adamw(self._model, train)
-        self._save_layout: SaveLayout | None = None
+        self._saver = StateSaver(self._model.causal_lm, self._optimizer)
 
     def log_probs(self, micro_batches: list[MicroBatch], temperature: float) -> list[TokenOutputs]:
         """As `TrainerBackend.log_probs`; the outputs lie on `device`."""
@@ -95,16 +95,13 @@ class FsdpBackend:
                 pass
         dist.barrier()
 
-    def begin_save(self, directory: Path) -> PendingState:
-        """As `TrainerBackend.begin_save`; see `miles.training.fsdp.state` for the files."""
-        state = trainer_state(self._model.causal_lm, self._optimizer)
-        if self._save_layout is None:
-            self._save_layout = plan_save(state)
-        return PendingState(directory, state, self._save_layout)
+    def begin_save(self, directory: Path) -> PendingSave:
+        """As `TrainerBackend.begin_save`; see `miles.training.sharded_files` for the files."""
+        return self._saver.begin(directory)
 
     def load_state(self, directory: Path) -> None:
         """As `TrainerBackend.load_state`, from any number of ranks. Raises RunError for a state of another model."""
-        load_state(directory, trainer_state(self._model.causal_lm, self._optimizer))
+        load_state(directory, self._model.causal_lm, self._optimizer)
 
     def _balance_factors(self, micro_batches: list[MicroBatch]) -> list[float]:
         """Weight of each micro-batch's balancing loss: its share of all tokens times the coefficient."""
