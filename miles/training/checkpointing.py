@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from miles.config.schema import CheckpointSection
-from miles.errors import MilesError, RunError
+from miles.errors import RunError
 from miles.runs.attempts import read_attempts
 from miles.runs.checkpoints import CheckpointStore
 from miles.runs.claim import Overtaken
@@ -29,7 +29,7 @@ from miles.runs.manifest import CheckpointInfo, FileSum, sum_files
 from miles.runs.trackers import tracker_ids
 from miles.training.backend import PendingSave, TrainerBackend
 from miles.training.context import Context
-from miles.training.distributed import from_rank_zero, raise_together
+from miles.training.distributed import from_rank_zero, raise_together, together
 from miles.training.interval import mean_time_between_failures, save_interval
 from miles.workflow.stage import stage_fingerprint
 
@@ -150,39 +150,28 @@ class Checkpointer:
 
     def _steps(self) -> list[int]:
         """The steps with a checkpoint, on every rank, after the leftovers of killed saves are gone."""
-        error, steps = None, None
-        if self._context.is_rank_zero:
-            try:
+        steps = None
+        with together(RunError):
+            if self._context.is_rank_zero:
                 self._store.clean()
                 steps = self._store.steps()
-            except RunError as refused:
-                error = refused
-        raise_together(error)
         return from_rank_zero(steps)
 
     def _damage(self, step: int) -> list[str]:
         """What is wrong with a checkpoint; each rank looks at its share of the files."""
-        error, mine = None, []
-        try:
+        mine: list[str] = []
+        with together(RunError):
             mine = self._store.damage(step, share=(dist.get_rank(), dist.get_world_size()))
-        except RunError as refused:
-            error = refused
-        raise_together(error)
         everyone: list[list[str]] = [[]] * dist.get_world_size()
         dist.all_gather_object(everyone, mine)
         # A damaged manifest is seen by every rank.
         return list(dict.fromkeys(line for lines in everyone for line in lines))
 
     def _set_aside(self, damaged: dict[int, list[str]]) -> None:
-        error = None
-        if self._context.is_rank_zero:
-            try:
-                for step, damage in damaged.items():
-                    log.warning("checkpoint of step %d is damaged and set aside: %s", step, "; ".join(damage))
-                    self._store.set_aside(step, damage[0])
-            except RunError as refused:
-                error = refused
-        raise_together(error)
+        with together(RunError):
+            for step, damage in damaged.items() if self._context.is_rank_zero else ():
+                log.warning("checkpoint of step %d is damaged and set aside: %s", step, "; ".join(damage))
+                self._store.set_aside(step, damage[0])
 
     def _all_damaged(self, damaged: dict[int, list[str]]) -> RunError:
         name = self._context.run_name
@@ -233,18 +222,15 @@ class Checkpointer:
 
     def _new_draft(self, step: int, extra: Extra | None) -> Path:
         """The directory to write into, on every rank. Raises RunError on every rank."""
-        draft, error = None, None
-        if self._context.is_rank_zero:
-            try:
+        draft = None
+        with together(RunError):
+            if self._context.is_rank_zero:
                 draft = self._store.draft(step)
                 with disk_errors(draft):
                     (draft / "trainer").mkdir()
                     (draft / "rng").mkdir()
                     if extra is not None:
                         extra(draft)
-            except MilesError as refused:
-                error = refused
-        raise_together(error)
         return from_rank_zero(draft)
 
     def _commit(self) -> int | None:
@@ -255,8 +241,9 @@ class Checkpointer:
             writing.finalize()
             sums: list[dict[str, FileSum]] = [{}] * dist.get_world_size()
             dist.all_gather_object(sums, writing.sums)
-            error = self._commit_files(writing, sums) if self._context.is_rank_zero else None
-            raise_together(error)
+            with together(RunError):
+                if self._context.is_rank_zero:
+                    self._commit_files(writing, {name: each for part in sums for name, each in part.items()})
         except Overtaken:
             raise
         except RunError as error:
@@ -269,8 +256,8 @@ class Checkpointer:
         self._context.stop.last_save_seconds = self._save_seconds
         return writing.step
 
-    def _commit_files(self, writing: _Writing, sums: list[dict[str, FileSum]]) -> RunError | None:
-        """Rank 0's part of a commit; the error instead of an exception, for the other ranks to know."""
+    def _commit_files(self, writing: _Writing, sums: dict[str, FileSum]) -> None:
+        """Rank 0's part of a commit."""
         seconds = time.monotonic() - writing.began
         info = CheckpointInfo(
             stage=self._context.name,
@@ -284,19 +271,15 @@ class Checkpointer:
             metrics=writing.metrics,
             trackers=tracker_ids(self._context.paths),
         )
-        try:
-            directory = self._store.commit(writing.draft, info, {name: s for part in sums for name, s in part.items()})
-        except RunError as error:
-            return error
+        directory = self._store.commit(writing.draft, info, sums)
         log.info("saved step %d in %.1f s: %s", writing.step, seconds, directory)
         self._context.paths.save_request.unlink(missing_ok=True)
         try:
             self._store.prune(self._section.keep_last, self._section.keep_every, self._section.keep_best)
-        except Overtaken as error:
-            return error
+        except Overtaken:
+            raise
         except RunError as error:
             log.warning("older checkpoints stay for now: %s", error)
-        return None
 
     def _failed(self, step: int, error: Exception) -> None:
         """A failed save costs nothing but the time that a later failure will take to repeat."""
@@ -336,13 +319,8 @@ class _Writing(Thread):
     def finalize(self) -> None:
         """Complete the trainer's files, once every rank has written. Collective; raises what stopped any rank."""
         raise_together(self._error)
-        error: Exception | None = None
-        try:
-            with disk_errors(self.draft):
-                self._pending.finalize()
-        except RunError as refused:
-            error = refused
-        raise_together(error)
+        with disk_errors(self.draft):
+            self._pending.finalize()
 
 
 def _rng_file(rank: int) -> str:

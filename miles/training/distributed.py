@@ -73,6 +73,18 @@ def raise_together(error: Exception | None) -> None:
         raise first
 
 
+@contextmanager
+def together(kind: type[Exception]) -> Iterator[None]:
+    """An error of this kind inside, on any rank, is raised on all of them when the block ends. Collective; the block
+    itself must not be."""
+    error = None
+    try:
+        yield
+    except kind as raised:
+        error = raised
+    raise_together(error)
+
+
 class StopRequest:
     """Whether this attempt should end: it got SIGTERM, SIGINT, SIGUSR1 or SIGUSR2, or its time is nearly over.
 

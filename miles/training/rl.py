@@ -28,7 +28,7 @@ from miles.runs.journal import Batch, read_batch, write_batch
 from miles.sync.push import WeightSync
 from miles.training.checkpointing import Checkpointer
 from miles.training.context import Context, build_trainer, engine_dtype
-from miles.training.distributed import from_rank_zero, raise_together
+from miles.training.distributed import from_rank_zero, together
 from miles.training.experience import build_updates
 from miles.training.output import write_model
 from miles.training.recorder import Recorder
@@ -263,25 +263,18 @@ class ReinforcementLearning:
         self._wait_for_engines()
         self._push(step)
         lost = False
-        error: Interrupted | None = None
-        if self._session is not None:
-            try:
-                self._values |= self._session.evaluate(self._on_progress(step, "eval")).metrics()
-            except EngineLost:
-                lost = True
-            except Interrupted as stopped:
-                error = stopped
-        raise_together(error)
+        with together(Interrupted):
+            if self._session is not None:
+                try:
+                    self._values |= self._session.evaluate(self._on_progress(step, "eval")).metrics()
+                except EngineLost:
+                    lost = True
         return not from_rank_zero(lost)
 
     def _wait_for_engines(self) -> None:
-        error: Interrupted | None = None
-        if self._session is not None:
-            try:
+        with together(Interrupted):
+            if self._session is not None:
                 self._session.wait_ready()
-            except Interrupted as stopped:
-                error = stopped
-        raise_together(error)
 
     def _push(self, version: int) -> None:
         """Weights to every engine that is ready and does not hold them yet. Collective."""
