@@ -1,7 +1,7 @@
 """What an engine's `/generate` answer says, as typed values. Pure; the HTTP belongs to
 `miles.rollout.client`.
 
-The JSON is SGLang's: `text`, `output_ids`, and `meta_info` with `finish_reason`, `output_token_logprobs`
+The JSON is SGLang's: `output_ids`, and `meta_info` with `finish_reason`, `output_token_logprobs`
 (`[log_prob, id, null]` per token), `weight_version`, `weight_versions` (spans, newer servers) and
 `routed_experts`.
 """
@@ -39,9 +39,8 @@ class ExpertShape:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """One generated response. The per-token lists have equal lengths, the end token included."""
+    """What one request added to a response. The per-token lists have equal lengths, the end token included."""
 
-    text: str
     tokens: list[int]
     log_probs: list[float]
     weight_versions: list[int]
@@ -49,7 +48,7 @@ class Generation:
     abort_message: str
     """Why the engine gave up, where `finish_reason` is `abort`."""
     routed_experts: np.ndarray | None
-    """Unsigned [prompt + response - 1, layers, top_k]"""
+    """Unsigned [input + output - 1, layers, top_k]; None without output."""
 
 
 def expert_shape(config: Mapping[str, Any]) -> ExpertShape | None:
@@ -63,22 +62,23 @@ def expert_shape(config: Mapping[str, Any]) -> ExpertShape | None:
     return ExpertShape(config["num_hidden_layers"], top_k, experts)
 
 
-def read_generation(answer: Mapping[str, Any], prompt_tokens: int, experts: ExpertShape | None) -> Generation:
+def read_generation(answer: Mapping[str, Any], input_tokens: int, experts: ExpertShape | None) -> Generation:
     """One answer of a server.
 
     Raises ValueError, KeyError or TypeError with a reason where it is not as promised.
     """
     meta = answer["meta_info"]
-    tokens = list(answer["output_ids"])
     finish = meta["finish_reason"]
+    # A request that was aborted before its prompt was read has nothing to report, whatever was asked for.
+    tokens = list(answer.get("output_ids", []) if finish["type"] == FinishReason.ABORT else answer["output_ids"])
+    routes = _routed_experts(meta, input_tokens + len(tokens), experts) if experts is not None and tokens else None
     return Generation(
-        text=answer["text"],
         tokens=tokens,
         log_probs=_log_probs(meta.get("output_token_logprobs") or [], tokens),
         weight_versions=_weight_versions(meta, len(tokens)),
         finish_reason=FinishReason(finish["type"]),
         abort_message=str(finish.get("message") or ""),
-        routed_experts=None if experts is None else _routed_experts(meta, prompt_tokens + len(tokens), experts),
+        routed_experts=routes,
     )
 
 
@@ -94,6 +94,8 @@ def _log_probs(entries: list[list[Any]], tokens: list[int]) -> list[float]:
 def _weight_versions(meta: Mapping[str, Any], length: int) -> list[int]:
     """Version of each token: from the spans where the server reports them, else one version for all."""
     spans = meta.get("weight_versions")
+    if not length:
+        return []
     if not spans:
         return [_version(meta["weight_version"])] * length
     versions: list[int] = []

@@ -1,30 +1,30 @@
-"""Asynchronous client of several inference servers that speak SGLang's HTTP API.
+"""HTTP to one inference server at a time, in SGLang's protocol: what to send, and what a failure means.
 
-Owns requests: which engine gets one, how often it is tried again, how an error reads. It knows prompts and
-seeds, not groups, rewards or weights. One client belongs to one event loop; close it (`async with`) when
-done.
+Owns the bodies of requests and the judgement of errors: is it the request's fault, the engine's, or is the engine gone.
+Nothing is tried again here. It knows tokens and seeds, not groups, rewards or weights. One client belongs to one event
+loop; close it (`async with`) when done.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
 from types import TracebackType
 from typing import Any
 
 import aiohttp
 
 from miles.config.schema import RolloutSection
-from miles.errors import EngineError, UnknownRouteError
+from miles.errors import EngineError, EngineLost, UnknownRouteError
 from miles.rollout.answers import ExpertShape, Generation, read_generation
+from miles.rollout.engines import Engine
 
-log = logging.getLogger(__name__)
-
-FIRST_PAUSE_SECONDS = 0.5
-LONGEST_PAUSE_SECONDS = 10.0
+HEALTH_SECONDS = 10.0
+"""An engine that does not say within this time that it is well counts as dead."""
+ABORT_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,23 +64,44 @@ class SamplingParams:
         }
 
 
-class UnavailableError(Exception):
-    """The engine could not be reached or answered 5xx: another attempt may succeed."""
+@dataclass(frozen=True, slots=True)
+class Continuation:
+    """One response of a request: what is there, and how many tokens may follow."""
+
+    tokens: list[int]
+    """Prompt, and response so far."""
+    seed: int
+    max_new_tokens: int
+
+
+class Failure(Enum):
+    """What a failed generation says about its request."""
+
+    REFUSED = "refused"
+    """The engine is well and answers 4xx: it will never serve this request."""
+    FAILED = "failed"
+    """The engine lives, and gave no usable answer."""
+    DIED = "died"
+    """The engine went away while it held the request."""
+    UNREACHABLE = "unreachable"
+    """The engine was not there before: nothing is known about the request."""
+
+
+class RequestError(Exception):
+    """A generation without an answer."""
+
+    def __init__(self, kind: Failure, detail: str) -> None:
+        super().__init__(detail)
+        self.kind = kind
 
 
 class EngineClient:
-    """Sends generation to the least loaded of several engines, and control calls to all of them."""
+    """Speaks to engines."""
 
-    def __init__(
-        self, urls: Sequence[str], token: str | None, *, timeout: float = 1800.0, max_retries: int = 3
-    ) -> None:
-        """`timeout` in seconds bounds one request; `max_retries` is how often a generation is tried again."""
-        assert urls, "a client needs an engine"
-        self.urls = [url.rstrip("/") for url in urls]
+    def __init__(self, token: str | None, *, timeout: float = 1800.0) -> None:
+        """`timeout` in seconds bounds one request."""
         self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         self._timeout = aiohttp.ClientTimeout(total=timeout)
-        self._max_retries = max_retries
-        self._load = [0] * len(self.urls)
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> EngineClient:
@@ -99,122 +120,110 @@ class EngineClient:
 
     async def generate(
         self,
-        prompt_tokens: Sequence[int],
-        seeds: Sequence[int],
+        engine: Engine,
+        responses: Sequence[Continuation],
         params: SamplingParams,
         *,
         experts: ExpertShape | None = None,
     ) -> list[Generation]:
-        """One response per seed to the same prompt, in one request. `experts`: record the routed experts as
-        well.
+        """What follows on each of `responses`, in one request. `experts`: record the routed experts as well.
 
-        Tried again, on another engine where there is one, while engines are unreachable or answer 5xx; what
-        a seed draws does not depend on the engine. Raises EngineError.
+        Raises RequestError, and EngineError where no request can succeed.
         """
         body = {
-            "input_ids": [list(prompt_tokens)] * len(seeds),
-            "sampling_params": [params.to_json(seed) for seed in seeds],
+            "input_ids": [response.tokens for response in responses],
+            "sampling_params": [
+                replace(params, max_new_tokens=response.max_new_tokens).to_json(response.seed) for response in responses
+            ],
             "return_logprob": True,
             "return_routed_experts": experts is not None,
         }
-        engine, answers = await self._post_to_any("/generate", body, load=len(seeds))
+        answers = await self._generate(engine, body)
         try:
             if not isinstance(answers, list):
                 raise TypeError(f"it is a {type(answers).__name__}, not a list")
-            if len(answers) != len(seeds):
-                raise ValueError(f"{len(answers)} answers to {len(seeds)} requests")
-            return [read_generation(answer, len(prompt_tokens), experts) for answer in answers]
+            return [
+                read_generation(answer, len(response.tokens), experts)
+                for response, answer in zip(responses, answers, strict=True)
+            ]
         except (ValueError, KeyError, TypeError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else str(error)
-            raise EngineError(f"engine {self.urls[engine]} gave an unusable answer: {reason}") from error
+            raise RequestError(Failure.FAILED, f"{engine} gave an unusable answer: {reason}") from error
 
-    async def post_each(self, path: str, bodies: Sequence[dict[str, Any]]) -> list[Any]:
-        """POST bodies[i] to engine i, all at once; their answers (JSON, or text where it is none) in that
-        order.
+    async def post(self, engine: Engine, path: str, body: dict[str, Any]) -> Any:
+        """The answer to a control call: JSON, or text where it is none. Not tried again.
 
-        Not tried again: a control call that fails is an error. Raises EngineError.
+        Raises EngineLost when the engine is unreachable or broken, UnknownRouteError, and EngineError for a refusal.
         """
-        assert len(bodies) == len(self.urls)
-        calls = (self._request_once("POST", i, path, body) for i, body in enumerate(bodies))
-        return list(await asyncio.gather(*calls))
-
-    async def post_all(self, path: str, body: dict[str, Any] | None = None) -> list[Any]:
-        """POST the same body to every engine; see `post_each`."""
-        return await self.post_each(path, [body or {}] * len(self.urls))
-
-    async def get_all(self, path: str) -> list[Any]:
-        """GET from every engine; answers in the order of the engines. Raises EngineError."""
-        calls = (self._request_once("GET", i, path, None) for i in range(len(self.urls)))
-        return list(await asyncio.gather(*calls))
-
-    async def health(self) -> dict[str, str | None]:
-        """For each engine's URL, None where it can generate, else what is wrong."""
-        calls = (self._request_once("GET", i, "/health_generate", None) for i in range(len(self.urls)))
-        results = await asyncio.gather(*calls, return_exceptions=True)
-        return {
-            url: str(result) if isinstance(result, BaseException) else None
-            for url, result in zip(self.urls, results, strict=True)
-        }
-
-    async def _post_to_any(self, path: str, body: dict[str, Any], *, load: int) -> tuple[int, Any]:
-        """The engine that answered, and its answer."""
-        failed: list[int] = []
-        pause = FIRST_PAUSE_SECONDS
-        while True:
-            engine = self._least_loaded(avoid=failed)
-            self._load[engine] += load
-            try:
-                return engine, await self._request("POST", engine, path, body)
-            except UnavailableError as error:
-                failed.append(engine)
-                if len(failed) > self._max_retries:
-                    raise EngineError(
-                        f"engine {self.urls[engine]}: {error} ({len(failed)} attempts)",
-                        fix="see the engine's log; rollout.max_retries bounds the attempts",
-                    ) from error
-                log.warning("engine %s: %s; trying again in %g s", self.urls[engine], error, pause)
-            finally:
-                self._load[engine] -= load
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
-
-    def _least_loaded(self, avoid: Sequence[int]) -> int:
-        """The engine with the fewest responses in flight, of those that failed least often."""
-        return min(range(len(self.urls)), key=lambda i: (list(avoid).count(i), self._load[i], i))
-
-    async def _request_once(self, method: str, engine: int, path: str, body: dict[str, Any] | None) -> Any:
+        url = engine.endpoint.url + path
         try:
-            return await self._request(method, engine, path, body)
-        except UnavailableError as error:
-            raise EngineError(
-                f"engine {self.urls[engine]}{path}: {error}", fix="see the engine's log for why"
-            ) from error
-
-    async def _request(self, method: str, engine: int, path: str, body: dict[str, Any] | None) -> Any:
-        """The decoded answer. Raises UnavailableError, or EngineError where another attempt cannot help."""
-        url = self.urls[engine] + path
-        try:
-            async with self._open().request(method, url, json=body, headers=self._headers) as response:
-                text = await response.text()
-        except TimeoutError as error:
-            raise UnavailableError(f"no answer within {self._timeout.total:g} s") from error
-        except aiohttp.ClientError as error:
-            raise UnavailableError(f"{type(error).__name__}: {error}") from error
-        if response.status >= 500:
-            raise UnavailableError(f"answered {response.status}: {_error_message(text)}")
-        if response.status == 404:
-            raise UnknownRouteError(f"engine {url} answered 404: it does not know this route")
-        if response.status >= 400:
-            raise EngineError(f"engine {url} answered {response.status}: {_error_message(text)}")
+            status, text = await self._request("POST", url, body, self._timeout)
+        except (TimeoutError, aiohttp.ClientError) as error:
+            raise EngineLost(f"{engine}{path}: {_describe(error)}", fix="see the engine's log for why") from error
+        if status >= 500:
+            raise EngineLost(f"{engine}{path} answered {status}: {_error_message(text)}", fix="see the engine's log")
+        if status == 404:
+            raise UnknownRouteError(f"{engine}{path} answered 404: it does not know this route")
+        if status >= 400:
+            raise EngineError(f"{engine}{path} answered {status}: {_error_message(text)}")
         return _decoded(text)
+
+    async def abort(self, engines: Iterable[Engine]) -> None:
+        """Have engines end every request with what they have. One that does not answer has nothing to end."""
+        timeout = aiohttp.ClientTimeout(total=ABORT_SECONDS)
+        calls = (
+            self._request("POST", engine.endpoint.url + "/abort_request", {"abort_all": True}, timeout)
+            for engine in engines
+        )
+        for outcome in await asyncio.gather(*calls, return_exceptions=True):
+            if isinstance(outcome, BaseException) and not isinstance(outcome, TimeoutError | aiohttp.ClientError):
+                raise outcome
+
+    async def healthy(self, engine: Engine) -> bool:
+        """Whether the server says that it is well."""
+        timeout = aiohttp.ClientTimeout(total=HEALTH_SECONDS)
+        try:
+            status, _ = await self._request("GET", engine.endpoint.url + "/health", None, timeout)
+        except (TimeoutError, aiohttp.ClientError):
+            return False
+        return status == 200
+
+    async def _generate(self, engine: Engine, body: dict[str, Any]) -> Any:
+        try:
+            status, text = await self._request("POST", engine.endpoint.url + "/generate", body, self._timeout)
+        except TimeoutError as error:
+            raise RequestError(Failure.FAILED, f"{engine}: no answer within {self._timeout.total:g} s") from error
+        except aiohttp.ClientConnectorError as error:
+            raise RequestError(Failure.UNREACHABLE, f"{engine}: {_describe(error)}") from error
+        except aiohttp.ClientError as error:
+            raise RequestError(Failure.DIED, f"{engine} went away: {_describe(error)}") from error
+        if status == 200:
+            return _decoded(text)
+        message = f"{engine} answered {status}: {_error_message(text)}"
+        if status in (401, 403, 404):
+            raise EngineError(message, fix="see the engine's log; another server may listen there")
+        if status < 500:
+            raise RequestError(Failure.REFUSED, message)
+        # The last words of an engine that is going down look like an answer that it cannot give.
+        raise RequestError(Failure.FAILED if await self.healthy(engine) else Failure.DIED, message)
+
+    async def _request(
+        self, method: str, url: str, body: dict[str, Any] | None, timeout: aiohttp.ClientTimeout
+    ) -> tuple[int, str]:
+        async with self._open().request(method, url, json=body, headers=self._headers, timeout=timeout) as response:
+            return response.status, await response.text()
 
     def _open(self) -> aiohttp.ClientSession:
         if self._session is None:
             # A fresh connection per request: while the trainer computes, nobody runs the event loop, and on a
             # connection that the server closed in the meantime the next request would fail.
             connector = aiohttp.TCPConnector(limit=0, force_close=True)
-            self._session = aiohttp.ClientSession(connector=connector, timeout=self._timeout)
+            self._session = aiohttp.ClientSession(connector=connector)
         return self._session
+
+
+def _describe(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _decoded(text: str) -> Any:

@@ -6,8 +6,8 @@ step start at time 0; a group is complete at the largest count of its samples. G
 and starts at that time. The step closes at time t*, when `target` groups are accepted. Required groups keep their slot
 in the batch until they are looked at. Every other sample is cut off at what it had at t* and goes on in the next step.
 
-So the batch, and what is carried, depend on the draws alone: not on which engine was faster, nor on how far samples have
-really run beyond t*. Pure; the running belongs to `miles.rollout.manager`.
+So the batch, and what is carried, depend on the draws alone: not on which engine was faster, nor on how far samples
+have really run beyond t*. Pure; the running belongs to `miles.rollout.manager`.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ class Undetermined:
     """What is known does not decide the step."""
 
     wanted: Mapping[int, int | None]
-    """Groups that must run on, by position, the older first: new tokens that each of their samples must reach; None: its
-    end. Empty where only rewards are missing."""
+    """Groups that must run on, by position, the older first: new tokens that each of their samples must reach; None:
+    its end. Empty where only rewards are missing."""
     cursor: int
     """First position that nobody asks for yet; those before it should run."""
     closing: bool
@@ -99,9 +99,9 @@ def decide(
 ) -> Decision | Undetermined:
     """Close the step, or say what must run on.
 
-    `admitted` are the positions at time 0, `cursor` the first one after all draws so far. A group that `progress` does
-    not name has no token yet. `quarantined` groups count as if the sequence did not have them. `required` must be a part
-    of `admitted`, of at most `rules.target` groups.
+    `admitted` are the positions at time 0, `cursor` the first one after all draws so far. A group that `progress`
+    does not name has no token yet. `quarantined` groups count as if the sequence did not have them. `required` must
+    be a part of `admitted`, of at most `rules.target` groups.
     """
     clock = _Clock(rules, cursor, progress, required - quarantined, quarantined)
     for position in sorted(admitted):

@@ -1,12 +1,12 @@
 """Evaluation: responses to held-out prompts, their mean reward, and pass@k.
 
-Owns the numbers and `results.json`. Generating and grading are the rollout manager's.
+Owns the numbers and `results.json`. Requests and gradings are those of `miles.rollout.flight`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import comb
 from pathlib import Path
@@ -14,7 +14,10 @@ from typing import Any
 
 from miles.config.schema import EvalSection
 from miles.data.sample import Group, Prompt
-from miles.rollout.manager import OnProgress, RolloutManager
+from miles.errors import EngineError, EngineLost, Interrupted
+from miles.rollout.flight import Flight
+from miles.rollout.manager import TICK_SECONDS, OnProgress
+from miles.rollout.responses import new_group
 
 EVALUATION_EPOCH = 0
 
@@ -57,19 +60,53 @@ class EvalResult:
 
 
 async def evaluate(
-    manager: RolloutManager,
+    flight: Flight,
     prompts: Sequence[Prompt],
     section: EvalSection,
-    on_progress: OnProgress | None = None,
+    *,
+    seed: int,
+    stop: Callable[[], bool],
+    on_progress: OnProgress = lambda done, total: None,
+    wait_for_engines: bool = False,
 ) -> EvalResult:
-    """Evaluate on the first `section.max_prompts` of `prompts`.
+    """Evaluate on the first `section.max_prompts` of `prompts`, with `section.samples` responses to each.
 
-    `manager` draws `section.samples` per prompt at `section.temperature`. Every evaluation of a run draws
-    with the same seeds, so that two of them differ by the weights alone. Raises EngineError and DataError.
+    Every evaluation of a run draws with the same seeds (`seed` is the run's), so that two of them differ by the
+    weights alone. Raises Interrupted when `stop()` turns true; EngineLost when no engine is in service any more,
+    unless it should `wait_for_engines`; EngineError and DataError. In no case does anything stay in flight.
     """
-    chosen = prompts[: section.max_prompts]
-    groups = await manager.collect(chosen, [EVALUATION_EPOCH] * len(chosen), on_progress)
-    return summarize(groups, section)
+    groups = {
+        position: new_group(
+            prompt, run_seed=seed, size=section.samples, position=position, epoch=EVALUATION_EPOCH, born=0
+        )
+        for position, prompt in enumerate(prompts[: section.max_prompts])
+    }
+    done: set[int] = set()
+    try:
+        while len(done) < len(groups):
+            if stop():
+                raise Interrupted("stopped during an evaluation, which begins again when the run continues")
+            flight.engines.refresh()
+            if not (wait_for_engines or flight.engines.in_service):
+                raise EngineLost("no engine with current weights is left to evaluate on")
+            flight.start(groups, {position: None for position, group in groups.items() if not group.finished})
+            changed = await flight.wait(TICK_SECONDS)
+            _check(flight, groups, changed)
+            done |= {position for position in changed if groups[position].graded}
+            on_progress(len(done), len(groups))
+    finally:
+        await flight.cancel()
+    return summarize(list(groups.values()), section)
+
+
+def _check(flight: Flight, groups: Mapping[int, Group], changed: Iterable[int]) -> None:
+    """Raise EngineError for a prompt that no engine can serve: an evaluation without it would be another one."""
+    for position in changed:
+        if position in flight.blame.quarantined:
+            raise EngineError(
+                f"prompt '{groups[position].prompt.id}': {flight.blame.quarantined[position]}",
+                fix="see the engine's log; correct the prompt, or remove it from eval.data",
+            )
 
 
 def summarize(groups: Sequence[Group], section: EvalSection) -> EvalResult:

@@ -1,4 +1,4 @@
-"""What the groups of one step look like in numbers. Pure."""
+"""What the batch of one step looks like in numbers. Pure: a batch from the journal gives the same numbers again."""
 
 from __future__ import annotations
 
@@ -6,7 +6,33 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from miles.config.schema import RolloutSection
 from miles.data.sample import Group
+from miles.rollout.responses import has_equal_rewards
+from miles.runs.journal import Batch
+
+
+def batch_metrics(batch: Batch, section: RolloutSection) -> dict[str, float]:
+    """Metrics of a step's decision: those of its groups, how old they are, what was dropped and what is carried.
+
+    `rollout/off_policy_token_fraction` is the share of response tokens that were sampled by older weights than the
+    newest of that step; `rollout/staleness_mean` the mean number of steps between the draw of a group and its
+    training.
+    """
+    samples = [sample for group in batch.groups for sample in group.samples]
+    tokens = sum(len(sample.response_tokens) for sample in samples)
+    old = sum(version < batch.step - 1 for sample in samples for version in sample.weight_versions)
+    reasons = [each.reason for each in batch.dropped]
+    unfiltered = sum(map(has_equal_rewards, batch.groups)) if section.filter == "zero-variance" else 0
+    return {
+        **rollout_metrics(batch.groups),
+        "groups/filtered": float(reasons.count("zero-variance")),
+        "groups/unfiltered": float(unfiltered),
+        "groups/quarantined": float(reasons.count("quarantined")),
+        "rollout/carried_groups": float(len(batch.carried)),
+        "rollout/off_policy_token_fraction": old / max(tokens, 1),
+        "rollout/staleness_mean": sum(batch.step - group.born for group in batch.groups) / len(batch.groups),
+    }
 
 
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
@@ -27,7 +53,7 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "response/length_mean": float(lengths.mean()),
         "response/length_max": float(lengths.max()),
         "response/truncated_fraction": sum(sample.truncated for sample in samples) / len(samples),
-        "groups/zero_variance_fraction": sum(map(_has_equal_rewards, groups)) / len(groups),
+        "groups/zero_variance_fraction": sum(map(has_equal_rewards, groups)) / len(groups),
         "tokens/response": float(lengths.sum()),
     }
 
@@ -35,8 +61,3 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
 def _mean_part(groups: Sequence[Group], name: str) -> float:
     scores = [sample.reward_parts[name] for group in groups for sample in group.samples if name in sample.reward_parts]
     return sum(scores) / len(scores)
-
-
-def _has_equal_rewards(group: Group) -> bool:
-    """Such a group has no advantage to learn from."""
-    return len({sample.reward for sample in group.samples}) == 1
