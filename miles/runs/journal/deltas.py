@@ -166,6 +166,7 @@ class Replay:
         if (sample := known.samples.get(delta.index)) is None:
             sample = known.samples[delta.index] = Sample(known.group.prompt, delta.index, delta.seed)
             known.group.samples.append(sample)
+        sample.seed = delta.seed
         sample.response_tokens[delta.start :] = delta.tokens
         sample.log_probs[delta.start :] = delta.log_probs
         sample.loss_mask[delta.start :] = delta.loss_mask
