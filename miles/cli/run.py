@@ -54,7 +54,8 @@ def status(run: RunArgument = None, json: JsonOption = False) -> None:
     if json:
         last = {line.stage: {"step": line.step, "values": line.values} for line in snapshot.metrics}
         progress = asdict(snapshot.progress) if snapshot.progress else None
-        print_json({**asdict(snapshot.status), "progress": progress, "last_metrics": last})
+        saved = asdict(snapshot.saved) if snapshot.saved else None
+        print_json({**asdict(snapshot.status), "progress": progress, "last_checkpoint": saved, "last_metrics": last})
         return
     console = stdout()
     console.print(run_view(snapshot, width=console.width))
@@ -106,7 +107,7 @@ def stop(
 ) -> None:
     """Stop a run and wait until it has ended.
 
-    `miles submit` with the same file continues it.
+    Everything that is needed to continue it is saved first; with --now only what is on disk already counts.
     """
     from miles.cluster.local import stop_run
     from miles.runs.directory import find_run

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 from miles.runs.metrics import MetricsLine, read_metrics
 from miles.runs.paths import RunPaths
 from miles.runs.progress import Progress, read_progress
+from miles.workflow.saved import newest_checkpoint
+from miles.workflow.stage import STAGES
 from miles.workflow.status import RunStatus, State, StepStatus, read_status
 
 _SCORES = ("eval/reward", "eval/pass@")
+
+
+@dataclass(frozen=True, slots=True)
+class LastCheckpoint:
+    """The newest checkpoint of a stage."""
+
+    stage: str
+    step: int
+    seconds: float
+    """Its age."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +33,8 @@ class Snapshot:
     progress: Progress | None
     """Of the running step; None when nothing runs or it has not said anything yet."""
     metrics: list[MetricsLine]
+    saved: LastCheckpoint | None = None
+    """Of the stage that runs, or that ended before it was done; None: it has none."""
 
     @property
     def running(self) -> StepStatus | None:
@@ -65,7 +80,18 @@ def take_snapshot(paths: RunPaths) -> Snapshot:
     progress = read_progress(paths)
     if progress is not None and progress.stage not in running:
         progress = None
-    return Snapshot(status, progress, read_metrics(paths))
+    return Snapshot(status, progress, read_metrics(paths), _last_checkpoint(paths, status))
+
+
+def _last_checkpoint(paths: RunPaths, status: RunStatus) -> LastCheckpoint | None:
+    """A step that is done has its outputs: its checkpoints are of interest no more."""
+    for step in reversed(status.steps):
+        if step.kind in STAGES and step.state is not State.DONE:
+            newest = newest_checkpoint(paths, step.name)
+            if newest is not None:
+                number, created = newest
+                return LastCheckpoint(step.name, number, max(0.0, time.time() - created))
+    return None
 
 
 def series(lines: list[MetricsLine], name: str) -> list[float]:

@@ -37,6 +37,9 @@ KEY_FIGURES = (
 )
 PLAIN_FIGURES = ("reward/mean", "perplexity", "loss", "response/length_mean", "grad_norm", "time/step")
 
+PHASES = {"restore": "loading the checkpoint", "replay": "replaying the journal"}
+"""Phases whose names say too little."""
+
 _NO_BREAK = "\u00a0"
 _CHART_HEIGHT = 6
 _CHART_WIDTH = 60
@@ -68,6 +71,10 @@ def run_view(snapshot: Snapshot, *, width: int) -> RenderableType:
         parts += [Text(), progress_bars(snapshot.progress, finished=snapshot.recorded_steps, left=_time_left(snapshot))]
     elif snapshot.running is not None:
         parts += [Text(), Text("starting", "dim")]
+    if snapshot.saved is not None:
+        age = duration(snapshot.saved.seconds)
+        parts += [] if snapshot.running else [Text()]
+        parts.append(Text(f"last checkpoint: step {snapshot.saved.step} of {snapshot.saved.stage}, {age} ago", "dim"))
     if snapshot.shown is not None:
         lines = snapshot.lines_of(snapshot.shown.name)
         if lines:
@@ -96,11 +103,12 @@ def progress_bars(progress: Progress, *, finished: int, left: str) -> Table:
         ProgressBar(total=max(1, progress.steps), completed=finished, width=40),
         left,
     )
+    phase = PHASES.get(progress.phase, progress.phase)
     if progress.total > 0:
         phase_bar = ProgressBar(total=progress.total, completed=progress.done, width=40)
-        table.add_row(progress.phase, phase_bar, f"{progress.done}/{progress.total}")
+        table.add_row(phase, phase_bar, f"{progress.done}/{progress.total}")
     else:
-        table.add_row(progress.phase, "", "")
+        table.add_row(phase, "", "")
     return table
 
 
