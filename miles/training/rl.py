@@ -23,7 +23,7 @@ from miles.data.sample import Group
 from miles.engines.serve import choose_kind, has_gpu
 from miles.errors import EngineLost, Interrupted
 from miles.rollout.session import Collected, NeedWeights, RolloutSession, Stopped
-from miles.rollout.statistics import rollout_metrics
+from miles.rollout.statistics import batch_metrics
 from miles.runs.journal import Batch, read_batch, write_batch
 from miles.sync.push import WeightSync
 from miles.training.checkpointing import Checkpointer
@@ -125,7 +125,7 @@ class ReinforcementLearning:
             with self._watch.phase("generate"):
                 self._generate(step)
         if self._batch is not None:
-            self._values |= rollout_metrics(self._batch)
+            self._values |= batch_metrics(self._batch, self._step.rollout)
             self._recorder.samples(step, self._batch.groups)
         self._look_ahead(step + 1)
         return [] if self._batch is None else self._batch.groups
