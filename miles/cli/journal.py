@@ -70,14 +70,16 @@ def _print_damage(rows: list[StepRow]) -> None:
 
 
 def _steps_table(rows: list[StepRow]) -> Table:
-    table = _table("step", "trained", "carried", "dropped", "tokens", "off-policy", "bytes", "per token", "open")
+    table = _table(
+        "step", "trained", "carried", "dropped", "tokens", "off-policy", "bytes", "per token", "open", "segments"
+    )
     for row in rows:
         dropped = ", ".join(f"{count} {reason}" for reason, count in sorted(row.dropped.items()))
         per_token = "" if row.bytes_per_token is None else f"{row.bytes_per_token:.2f}"
         groups = (str(row.trained), str(row.carried)) if row.decided else ("", "")
-        still_open = "" if row.decided else f"{row.open} groups in {row.segments} segments"
+        still_open = ("", "") if row.decided else (str(row.open), str(row.segments))
         counts = (f"{row.tokens:,}", f"{row.off_policy_tokens:,}", f"{row.bytes:,}")
-        table.add_row(str(row.step), *groups, dropped, *counts, per_token, still_open)
+        table.add_row(str(row.step), *groups, dropped, *counts, per_token, *still_open)
     return table
 
 

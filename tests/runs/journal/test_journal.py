@@ -9,13 +9,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from journal_records import PROMPTS, batch, batch_facts, facts, finished, journal, partial
+from runs.checkpoint_files import killed_at_every_change
 
 from miles.data.sample import Group, Prompt
 from miles.errors import DataError, RunError
 from miles.runs.claim import Claim, Fence, Overtaken
 from miles.runs.journal import Batch, Dropped, Journal
 from miles.runs.paths import RunPaths
-from runs.checkpoint_files import killed_at_every_change
 
 TOKENS = 40
 
