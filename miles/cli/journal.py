@@ -78,8 +78,8 @@ def _steps_table(rows: list[StepRow]) -> Table:
         per_token = "" if row.bytes_per_token is None else f"{row.bytes_per_token:.2f}"
         groups = (str(row.trained), str(row.carried)) if row.decided else ("", "")
         still_open = ("", "") if row.decided else (str(row.open), str(row.segments))
-        counts = (f"{row.tokens:,}", f"{row.off_policy_tokens:,}", f"{row.bytes:,}")
-        table.add_row(str(row.step), *groups, dropped, *counts, per_token, *still_open)
+        sizes = (f"{row.tokens:,}", f"{row.off_policy_tokens:,}", f"{row.bytes:,}")
+        table.add_row(str(row.step), *groups, dropped, *sizes, per_token, *still_open)
     return table
 
 

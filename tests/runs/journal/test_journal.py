@@ -141,7 +141,7 @@ def test_flush_whose_file_appeared_though_it_failed_is_repeated(tmp_path: Path, 
 
 
 def damages(path: Path) -> list[bytes]:
-    """What may be left of a file; test_files.py finds many more."""
+    """What may be left of a file; test_journal_files.py finds many more."""
     data = path.read_bytes()
     middle = len(data) // 2
     return [b"", data[:middle], data[:-1], data + b"\0", data[:middle] + bytes([data[middle] ^ 4]) + data[middle + 1 :]]
