@@ -98,8 +98,8 @@ class Wanted:
     backend: str
     mark: str
     """How names of this backend's states begin that no other backend's do."""
-    shapes: Mapping[str, tuple[int, ...] | None]
-    """Of whole tensors by name; None: any shape will do."""
+    shapes: Mapping[str, tuple[int, ...]]
+    """Of whole tensors, by name."""
 
 
 def require(directory: Path, wanted: Wanted) -> None:
@@ -128,9 +128,7 @@ def difference(directory: Path, saved: Metadata, wanted: Wanted) -> RunError | N
             fix="set train.backend to the one that wrote it, or begin a new run",
         )
     misshapen = [
-        f"{name} ({there[name]}, here {shape})"
-        for name, shape in here.items()
-        if shape is not None and there.get(name, shape) != shape
+        f"{name} ({there[name]}, here {shape})" for name, shape in here.items() if there.get(name, shape) != shape
     ]
     parts = [
         _named("it lacks", [name for name in here if name not in there]),

@@ -148,7 +148,14 @@ class MegatronBackend:
 
     @property
     def _trainer(self) -> Trainer:
-        return Trainer(self._model, self._trainable.optimizer, self._weights.geometry, self._grid.data.group)
+        trainable = self._trainable
+        return Trainer(
+            model=self._model,
+            wrapped=trainable.model,
+            optimizer=trainable.optimizer,
+            geometry=self._weights.geometry,
+            data_group=self._grid.data.group,
+        )
 
     @cached_property
     def _trainable(self) -> _Trainable:

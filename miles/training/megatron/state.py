@@ -1,36 +1,35 @@
-"""The state of the megatron trainer on disk: weights, float32 master weights, AdamW's moments and its step count.
+"""The state of the megatron trainer on disk: float32 master weights, AdamW's moments and its step count.
 
 Owns what the state consists of and how it gets back into the trainer. megatron-core says which part of which whole
-tensor a rank holds (`sharded_state_dict`), so a state fits every layout of its model. The files are those of
-`miles.training.sharded_files`; beside them rank 0 writes `model.json`, what the state is of.
+tensor each parameter is (`sharded_state_dict`), and its distributed optimizer which part of that a rank holds; both
+together do not depend on the layout, so a state fits every layout of its model. Nothing is gathered: a rank writes what
+it holds. The files are those of `miles.training.sharded_files`; beside them rank 0 writes `model.json`, what the state
+is of. The weights of a bfloat16 model are the masters rounded.
 
-megatron-core's own `save` and `load` are not used. `save` starts a process that imports torch anew, only to collect
-results (seconds). Both carry the optimizer's parameter groups, whose number depends on the layout (experts have an
-optimizer of their own where expert parallelism has) and whose hyperparameters are the run file's. What is state in them
-is the count of steps, one for the whole trainer; torch's AdamW has it in a tensor for each parameter, and megatron-core
-would make them a single one on loading, which every parameter then advances.
+megatron-core's own checkpoints of the optimizer are not used, for four reasons found with 0.16.1. Its `save` starts a
+process that imports torch anew, only to collect results: seconds. Its fully reshardable format gathers the optimizer on
+every rank, and pads with zeros what it miscounts where a parameter's size is no multiple of 64 (it warns of "data
+corruption"). The number of parameter groups depends on the layout: experts have an optimizer of their own where expert
+parallelism has. And torch's AdamW, which counts steps in a tensor for each parameter, gets one tensor for all on
+loading, which every parameter then advances. Of the groups, the count of steps is all that is state; the
+hyperparameters are the run file's.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factory_merges, is_main_replica
-from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess, save_preprocess
-from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
-from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreSavePlanner,
-    TorchDistLoadShardedStrategy,
-    TorchDistSaveShardedStrategy,
-    mcore_to_pyt_state_dict,
-)
+import torch.distributed.checkpoint as dcp
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
@@ -40,6 +39,7 @@ from miles.models.mapping import Geometry
 from miles.runs.files import write_new
 from miles.training.distributed import raise_together
 from miles.training.megatron.model import HiddenStatesModel
+from miles.training.megatron.pieces import Piece, ReadingPlanner, WritingPlanner, boxes
 from miles.training.sharded_files import (
     PendingFiles,
     SaveLayout,
@@ -54,7 +54,9 @@ from miles.training.sharded_files import (
 
 _MODEL_FILE = "model.json"
 _OPTIMIZER = "optimizer."
-"""How the names of the optimizer's tensors begin, megatron-core's and ours."""
+"""Tensors are named as in megatron-core's own checkpoints: `optimizer.state.exp_avg.decoder...`."""
+_STEP = f"{_OPTIMIZER}step"
+_KINDS = ("param", "exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,7 @@ class Trainer:
     """What has the state, seen from one rank."""
 
     model: HiddenStatesModel
+    wrapped: DistributedDataParallel
     optimizer: MegatronOptimizer
     geometry: Geometry
     data_group: dist.ProcessGroup
@@ -69,26 +72,17 @@ class Trainer:
 
 
 class StateSaver:
-    """Begins saves of one trainer. Who writes what is agreed in the first one, and the same in all.
-
-    Ranks that hold the same tensors share the writing. To divide them, each rank has the optimizer states of its whole
-    data-parallel group in host memory for a moment: 12 bytes for each parameter of its part of the model.
-    """
+    """Begins saves of one trainer. Who writes what is agreed in the first one, and the same in all."""
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
         self._layout: SaveLayout | None = None
-        self._sharing = FullyParallelSaveStrategyWrapper(
-            TorchDistSaveShardedStrategy("torch_dist", 1), trainer.data_group, do_cache_distribution=True
-        )
 
     def begin(self, directory: Path) -> PendingState:
         """Copy this rank's part out. Collective. Nothing of the trainer is used after it."""
-        first = self._layout is None
-        sharded, _ = save_preprocess(_tensors(self._trainer, loading=False), validate_access_integrity=first)
-        self._sharing.apply_saving_parallelization(sharded)
-        copies = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
-        copies.set_up_planner(mcore_to_pyt_state_dict(_copied(sharded)), is_coordinator=dist.get_rank() == 0)
+        pieces = [piece for replica, piece in _pieces(self._trainer) if not replica]
+        copied = host_copies(piece.tensor for piece in pieces)
+        copies = WritingPlanner([replace(piece, tensor=copy) for piece, copy in zip(pieces, copied, strict=True)])
         if self._layout is None:
             self._layout = plan_save(copies)
         return PendingState(PendingFiles(directory, self._layout, copies), directory, _describe(self._trainer))
@@ -120,66 +114,81 @@ def load_state(directory: Path, trainer: Trainer) -> None:
     that are damaged and OSError as the disk does, after which the trainer is of no use.
     """
     _require_model(directory, _describe(trainer))
-    room, _, factories = load_preprocess(_tensors(trainer, loading=True))
-    require(directory, Wanted("megatron", _OPTIMIZER, _shapes(room)))
+    pieces = [piece for _, piece in _pieces(trainer)]
+    require(directory, Wanted("megatron", _OPTIMIZER, _shapes(pieces)))
     try:
-        loaded = TorchDistLoadShardedStrategy().load(room, directory)
+        dcp.load({}, storage_reader=dcp.FileSystemReader(directory), planner=ReadingPlanner(pieces))
     except CheckpointException as failure:
         raise first_cause(directory, failure) from failure
-    loaded = apply_factory_merges(loaded, factories)
-    unmatched = trainer.model.load_state_dict(loaded["model"], strict=False)
-    assert not unmatched.unexpected_keys
-    assert all(name.endswith("_extra_state") for name in unmatched.missing_keys)
-    for index, part in _parts(trainer.optimizer):
-        for states in part.optimizer.state.values():
-            # megatron-core would look for it among the loaded tensors.
-            states.pop("step", None)
-        part.load_parameter_state_from_fully_reshardable(loaded["optimizer"][index])
-        _set_step(part.optimizer, int(loaded["step"]))
+    [step] = [int(piece.tensor) for piece in pieces if piece.name == _STEP]
+    for part in _parts(trainer.optimizer):
+        _set_step(part.optimizer, step)
+        part._copy_main_params_to_model_params()
+    trainer.wrapped.start_param_sync()
 
 
-def _copied(sharded: dict[str, Any]) -> dict[str, list[ShardedTensor]]:
-    """What this rank writes, by the names of the whole tensors, with data of its own on the host."""
-    tensors = [tensor for tensor in nested_values(sharded) if is_main_replica(tensor.replica_id)]
-    by_name: dict[str, list[ShardedTensor]] = {}
-    for tensor, copy in zip(tensors, host_copies(tensor.data for tensor in tensors), strict=True):
-        tensor.data = copy
-        by_name.setdefault(tensor.key, []).append(tensor)
-    return by_name
-
-
-def _tensors(trainer: Trainer, *, loading: bool) -> dict[str, Any]:
-    """megatron-core's description of this rank's tensors, with data or, for loading, room for it. Collective."""
-    for _, part in _parts(trainer.optimizer):
-        _create_moments(part.optimizer)
-    metadata = {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "distrib_optim_fully_reshardable_mem_efficient": False,
-        "singleton_local_shards": False,
-        "dp_cp_group": trainer.data_group,
-    }
-    # Transformer Engine's extra states hold nothing without FP8, and other modules than its own have none.
-    extra, weights = extract_matching_values(
-        trainer.model.sharded_state_dict(metadata=metadata), lambda value: isinstance(value, ShardedObject)
-    )
-    assert all(name.endswith("_extra_state") for name in extra), sorted(extra)
+def _pieces(trainer: Trainer) -> Iterator[tuple[bool, Piece]]:
+    """This rank's part of the state, in the trainer's own memory, and whether another rank has the same. Collective."""
     step = torch.tensor([_steps_taken(trainer.optimizer)])
-    return {
-        "model": weights,
-        "optimizer": {
-            index: part.sharded_param_state_fully_reshardable(weights, loading, metadata)
-            for index, part in _parts(trainer.optimizer)
-        },
-        "step": ShardedTensor.from_rank_offsets(f"{_OPTIMIZER}step", step, replica_id=dist.get_rank()),
-    }
+    yield dist.get_rank() != 0, Piece(_STEP, (1,), (0,), step)
+    wholes = _wholes(trainer)
+    for part in _parts(trainer.optimizer):
+        _create_moments(part.optimizer)
+        for parameter in part.model_param_gbuf_map:
+            for whole in wholes[parameter]:
+                yield from _held(trainer, part, parameter, whole)
 
 
-def _parts(optimizer: MegatronOptimizer) -> Iterator[tuple[int, DistributedOptimizer]]:
+def _wholes(trainer: Trainer) -> dict[torch.nn.Parameter, list[ShardedTensor]]:
+    """The whole tensors that the parameters of this rank are parts of; some are parts of two, one after the other."""
+    described = trainer.model.sharded_state_dict(metadata={"dp_cp_group": trainer.data_group})
+    wholes = {}
+    for entry in nested_values(described):
+        if isinstance(entry, ShardedObject):
+            # Of Transformer Engine's modules; they hold nothing without FP8.
+            assert "_extra_state" in entry.key, entry.key
+            continue
+        wholes[entry.data] = list(nested_values(entry.build())) if isinstance(entry, ShardedTensorFactory) else [entry]
+    return wholes
+
+
+def _held(
+    trainer: Trainer, part: DistributedOptimizer, parameter: torch.nn.Parameter, whole: ShardedTensor
+) -> Iterator[tuple[bool, Piece]]:
+    """What this rank's share of a parameter has of one of the whole tensors.
+
+    All tensors are seen as rows of flat memory: the parameter, `whole.data` within it, the share within it.
+    """
+    share = part._get_model_param_range_map(parameter)["param"]
+    states = part._get_main_param_and_optimizer_states(parameter)
+    assert whole.data.is_contiguous()
+    begin = whole.data.storage_offset() - parameter.storage_offset()
+    shape, rows = tuple(whole.global_shape), whole.local_shape[0]
+    if whole.allow_shape_mismatch:
+        # A vocabulary, padded for its tensor ranks: the padding is no state.
+        shape = (trainer.geometry.vocab_size, *shape[1:])
+        rows = min(rows, max(0, shape[0] - whole.global_offset[0]))
+    start = max(share.start, begin)
+    stop = min(share.end, begin + rows * math.prod(whole.local_shape[1:]))
+    # Which data-parallel rank has it is the optimizer's decision; tensor and pipeline ranks may have the same.
+    replica = any(whole.replica_id[:2])
+    stacked = whole.prepend_axis_num
+    at = start - share.start
+    for offset, size in boxes(tuple(whole.local_shape), start - begin, stop - begin):
+        position = (0,) * stacked + offset
+        place = tuple(a + b for a, b in zip(whole.global_offset, position, strict=True))
+        for kind in _KINDS:
+            values = states[kind].detach()[at : at + math.prod(size)].view((1,) * stacked + size)
+            yield replica, Piece(f"{_OPTIMIZER}state.{kind}.{whole.key}", shape, place, values)
+        at += math.prod(size)
+
+
+def _parts(optimizer: MegatronOptimizer) -> Iterator[DistributedOptimizer]:
     """The optimizers of dense parameters and of experts, where this pipeline stage has such parameters."""
-    for index, part in enumerate(getattr(optimizer, "chained_optimizers", [optimizer])):
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         assert isinstance(part, DistributedOptimizer)
         if not part.is_stub_optimizer:
-            yield index, part
+            yield part
 
 
 def _create_moments(optimizer: torch.optim.Optimizer) -> None:
@@ -204,7 +213,7 @@ def _set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
 def _steps_taken(optimizer: MegatronOptimizer) -> int:
     """The count of steps. Collective: a rank without a share of the parameters has none of its own."""
     counts = {0}
-    for _, part in _parts(optimizer):
+    for part in _parts(optimizer):
         inner = part.optimizer
         holders = inner.state.values() if _counts_by_parameter(inner) else inner.param_groups
         counts |= {int(holder["step"]) for holder in holders if "step" in holder}
@@ -222,14 +231,10 @@ def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
         yield from group["params"]
 
 
-def _shapes(room: dict[str, Any]) -> dict[str, tuple[int, ...] | None]:
-    """Of whole tensors, on all ranks; None for a vocabulary, whose padding depends on the layout. Collective."""
-    mine = {
-        tensor.key: None if tensor.allow_shape_mismatch else tuple(tensor.global_shape)
-        for tensor in nested_values(room)
-    }
-    everyone: list[dict[str, tuple[int, ...] | None]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
+def _shapes(pieces: list[Piece]) -> dict[str, tuple[int, ...]]:
+    """Of the whole tensors that all ranks together hold. Collective."""
+    everyone: list[dict[str, tuple[int, ...]]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(everyone, {piece.name: piece.whole for piece in pieces})
     return {name: shape for shapes in everyone for name, shape in shapes.items()}
 
 
