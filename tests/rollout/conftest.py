@@ -1,27 +1,29 @@
-"""Scripted engines as a fixture."""
+"""Scripted engines as a fixture; short pauses."""
 
 import asyncio
 
 import pytest
-from aiohttp import web
-from aiohttp.test_utils import TestServer
 from scripted_engine import ScriptedEngine
+
+from miles.rollout import blame, engines
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch):
+    for module in (blame, engines):
+        monkeypatch.setattr(module, "FIRST_PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr(engines, "READ_SECONDS", 0.0)
 
 
 @pytest.fixture
 async def start_engines():
-    """`await start_engines(engine, ...)` serves each on a port of its own and sets its url."""
-    servers: list[TestServer] = []
+    """`await start_engines(engine, ...)` serves each on a port of its own."""
+    started: list[ScriptedEngine] = []
 
-    async def start(*engines: ScriptedEngine) -> list[str]:
+    async def start(*engines: ScriptedEngine) -> None:
         for engine in engines:
-            app = web.Application()
-            app.router.add_route("*", "/{path:.*}", engine.handle)
-            server = TestServer(app)
-            await server.start_server()
-            servers.append(server)
-            engine.url = str(server.make_url("")).rstrip("/")
-        return [engine.url for engine in engines]
+            await engine.start()
+            started.append(engine)
 
     yield start
-    await asyncio.gather(*(server.close() for server in servers))
+    await asyncio.gather(*(engine.close() for engine in started))

@@ -1,4 +1,4 @@
-"""The engine client against real HTTP servers: routing, retries, control calls and errors."""
+"""The engine client against real HTTP servers: what it sends, and what each failure means."""
 
 import asyncio
 
@@ -6,29 +6,51 @@ import pytest
 from scripted_engine import ScriptedEngine, answer
 
 from miles.config.schema import RolloutSection
-from miles.errors import EngineError
-from miles.rollout import client as client_module
-from miles.rollout.client import EngineClient, SamplingParams
+from miles.errors import EngineError, EngineLost, UnknownRouteError
+from miles.rollout.client import Continuation, EngineClient, Failure, RequestError, SamplingParams
+from miles.rollout.engines import Engine
+from miles.runs.endpoints import Endpoint
 
 PARAMS = SamplingParams(temperature=1.0, max_new_tokens=8, stop_token_ids=(2,))
-DEAD = "http://127.0.0.1:9"
+ONE = [Continuation([5, 6], seed=10, max_new_tokens=8)]
+
+
+def engine_at(url: str) -> Engine:
+    return Engine(Endpoint(0, url, start=1, ready=True))
+
+
+DEAD = engine_at("http://127.0.0.1:9")
 """Port 9 (discard) is closed."""
 
 
-@pytest.fixture(autouse=True)
-def short_pauses(monkeypatch):
-    monkeypatch.setattr(client_module, "FIRST_PAUSE_SECONDS", 0.001)
+@pytest.fixture
+async def ask(start_engines):
+    """`await ask(engine)` sends one request to a scripted engine."""
+
+    async def send(scripted: ScriptedEngine, responses=ONE, timeout: float = 20.0):
+        await start_engines(scripted)
+        async with EngineClient("secret", timeout=timeout) as client:
+            return await client.generate(engine_at(scripted.url), responses, PARAMS)
+
+    return send
 
 
-async def test_a_group_is_one_request_with_a_seed_per_sample(start_engines):
+async def failure_of(call) -> tuple[Failure, str]:
+    with pytest.raises(RequestError) as error:
+        await call
+    return error.value.kind, str(error.value)
+
+
+async def test_one_request_continues_several_responses(ask):
     engine = ScriptedEngine()
-    async with EngineClient(await start_engines(engine), "secret") as client:
-        generations = await client.generate([5, 6], [10, 11], PARAMS)
-    assert [generation.text for generation in generations] == ["10", "11"]
+    responses = [Continuation([5, 6], 10, 8), Continuation([5, 6, 7], 11, 3)]
+    generations = await ask(engine, responses)
+    assert ["".join(map(chr, generation.tokens[:-1])) for generation in generations] == ["10", "11"]
     ((path, body),) = engine.seen
     assert path == "/generate"
-    assert body["input_ids"] == [[5, 6], [5, 6]]
-    assert [params["sampling_seed"] for params in body["sampling_params"]] == [10, 11]
+    assert body["input_ids"] == [[5, 6], [5, 6, 7]]
+    sent = [(params["sampling_seed"], params["max_new_tokens"]) for params in body["sampling_params"]]
+    assert sent == [(10, 8), (11, 3)]
     assert body["sampling_params"][0]["stop_token_ids"] == [2]
     assert (body["return_logprob"], body["return_routed_experts"]) == (True, False)
     assert engine.tokens == ["Bearer secret"]
@@ -49,109 +71,104 @@ def test_sampling_params_follow_the_rollout_section():
     assert SamplingParams.of(rollout, [], temperature=0.0).temperature == 0.0
 
 
-async def test_requests_go_to_the_least_loaded_engine(start_engines):
-    release = asyncio.Event()
-
-    async def until_released(body):
-        await release.wait()
-
-    engines = [ScriptedEngine(wait=until_released) for _ in range(2)]
-    async with EngineClient(await start_engines(*engines), None) as client:
-        large = asyncio.create_task(client.generate([1], [0, 1, 2], PARAMS))
-        await asyncio.sleep(0)
-        small = [asyncio.create_task(client.generate([1], [seed], PARAMS)) for seed in range(3)]
-        while sum(len(engine.seen) for engine in engines) < 4:
-            await asyncio.sleep(0.001)
-        assert sorted(len(body["input_ids"]) for _, body in engines[1].seen) == [1, 1, 1]
-        release.set()
-        await asyncio.gather(large, *small)
+async def test_a_refusal_says_why(ask):
+    kind, text = await failure_of(ask(ScriptedEngine(statuses=[400])))
+    assert kind is Failure.REFUSED
+    assert "answered 400: scripted 400" in text
 
 
-async def test_another_engine_takes_over_from_one_that_fails(start_engines):
-    broken, healthy = ScriptedEngine(statuses=[500] * 9), ScriptedEngine()
-    async with EngineClient(await start_engines(broken, healthy), None) as client:
-        assert (await client.generate([1], [7], PARAMS))[0].text == "7"
-    assert (len(broken.seen), len(healthy.seen)) == (1, 1)
-
-    async with EngineClient([DEAD, healthy.url], None) as client:
-        assert (await client.generate([1], [8], PARAMS))[0].text == "8"
+async def test_an_error_of_an_engine_that_is_well_is_a_failure(ask):
+    engine = ScriptedEngine(statuses=[503])
+    kind, text = await failure_of(ask(engine))
+    assert kind is Failure.FAILED
+    assert all(word in text for word in [engine.url, "503", "scripted 503"])
 
 
-async def test_retries_are_bounded_and_the_error_names_engine_and_message(start_engines):
-    engine = ScriptedEngine(statuses=[503] * 9)
-    async with EngineClient(await start_engines(engine), None, max_retries=2) as client:
-        with pytest.raises(EngineError) as error:
-            await client.generate([1], [7], PARAMS)
-    assert len(engine.seen) == 3
-    assert all(word in str(error.value) for word in [engine.url, "503", "scripted 503", "3 attempts"])
+async def test_an_error_of_an_engine_that_is_not_well_are_its_last_words(ask):
+    kind, _ = await failure_of(ask(ScriptedEngine(statuses=[500], healthy=False)))
+    assert kind is Failure.DIED
 
 
-async def test_an_engine_that_recovers_is_asked_again(start_engines):
-    engine = ScriptedEngine(statuses=[500, 500])
-    async with EngineClient(await start_engines(engine), None, max_retries=2) as client:
-        assert (await client.generate([1], [7], PARAMS))[0].text == "7"
+async def test_an_engine_that_goes_away_with_the_request_died(ask):
+    async def die(body) -> None:
+        await engine.kill()
+
+    engine = ScriptedEngine(wait=die)
+    kind, text = await failure_of(ask(engine))
+    assert kind is Failure.DIED
+    assert "went away" in text
 
 
-async def test_no_answer_in_time_counts_as_lost(start_engines):
-    async def forever(body):
-        await asyncio.sleep(60)
-
-    engine = ScriptedEngine(wait=forever)
-    async with EngineClient(await start_engines(engine), None, timeout=0.05, max_retries=0) as client:
-        with pytest.raises(EngineError, match=r"no answer within 0\.05 s"):
-            await client.generate([1], [7], PARAMS)
+async def test_an_engine_that_was_not_there_is_unreachable():
+    async with EngineClient(None) as client:
+        kind, text = await failure_of(client.generate(DEAD, ONE, PARAMS))
+    assert kind is Failure.UNREACHABLE
+    assert "Cannot connect" in text
 
 
-async def test_a_refused_request_is_not_tried_again(start_engines):
-    engine = ScriptedEngine(statuses=[400])
-    async with EngineClient(await start_engines(engine), None) as client:
-        with pytest.raises(EngineError, match="/generate answered 400: scripted 400"):
-            await client.generate([1], [7], PARAMS)
-    assert len(engine.seen) == 1
+async def test_no_answer_in_time_is_a_failure(ask):
+    async def long(body) -> None:
+        await asyncio.sleep(1)
+
+    kind, text = await failure_of(ask(ScriptedEngine(wait=long), timeout=0.05))
+    assert kind is Failure.FAILED
+    assert "no answer within 0.05 s" in text
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+async def test_what_no_request_can_change_is_an_error(ask, status):
+    with pytest.raises(EngineError, match=f"answered {status}"):
+        await ask(ScriptedEngine(statuses=[status]))
 
 
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ([], "0 answers to 1 requests"),
+        ([], "argument 2 is shorter"),
         ([{"text": "x", "output_ids": [1]}], "no 'meta_info'"),
         ([answer([1], weight_version="x")], "invalid literal"),
         ({"success": True}, "a dict, not a list"),
         (None, "a NoneType, not a list"),
     ],
 )
-async def test_an_unusable_answer_is_an_error_of_that_engine(start_engines, given, words):
+async def test_an_unusable_answer_is_a_failure_of_that_engine(ask, given, words):
     engine = ScriptedEngine(generate=lambda body: given)
-    async with EngineClient(await start_engines(engine), None) as client:
+    kind, text = await failure_of(ask(engine))
+    assert kind is Failure.FAILED
+    assert engine.url in text
+    assert words in text
+
+
+async def test_control_calls_answer_json_or_text(start_engines):
+    scripted = ScriptedEngine()
+    await start_engines(scripted)
+    engine = engine_at(scripted.url)
+    async with EngineClient(None) as client:
+        assert (await client.post(engine, "/pause_generation", {"mode": "abort"}))["body"] == {"mode": "abort"}
+        assert await client.post(engine, "/flush_cache", {}) == "Cache flushed.\n"
+
+
+@pytest.mark.parametrize(("status", "kind"), [(500, EngineLost), (404, UnknownRouteError), (400, EngineError)])
+async def test_a_failed_control_call_is_an_error_at_once(start_engines, status, kind):
+    scripted = ScriptedEngine(statuses=[status])
+    await start_engines(scripted)
+    async with EngineClient(None) as client:
         with pytest.raises(EngineError) as error:
-            await client.generate([1], [7], PARAMS)
-    assert engine.url in str(error.value) and words in str(error.value)
+            await client.post(engine_at(scripted.url), "/flush_cache", {})
+    assert type(error.value) is kind
+    assert scripted.url in str(error.value)
+    assert len(scripted.seen) == 1
 
 
-async def test_control_calls_reach_every_engine_in_order(start_engines):
-    engines = [ScriptedEngine(), ScriptedEngine()]
-    async with EngineClient(await start_engines(*engines), None) as client:
-        answers = await client.post_all("/pause_generation", {"mode": "abort"})
-        assert [each["body"] for each in answers] == [{"mode": "abort"}] * 2
-        answers = await client.post_each("/update_weights_from_tensor", [{"n": 0}, {"n": 1}])
-        assert [each["body"]["n"] for each in answers] == [0, 1]
-        assert await client.post_all("/flush_cache") == ["Cache flushed.\n"] * 2
-        assert [each["path"] for each in await client.get_all("/server_info")] == ["/server_info"] * 2
+async def test_a_control_call_to_an_engine_that_is_gone_says_so():
+    async with EngineClient(None) as client:
+        with pytest.raises(EngineLost, match="Cannot connect"):
+            await client.post(DEAD, "/flush_cache", {})
 
 
-async def test_a_failed_control_call_is_an_error_at_once(start_engines):
-    engines = [ScriptedEngine(), ScriptedEngine(statuses=[500])]
-    async with EngineClient(await start_engines(*engines), None) as client:
-        with pytest.raises(EngineError) as error:
-            await client.post_all("/flush_cache")
-    assert engines[1].url in str(error.value) and "scripted 500" in str(error.value)
-    assert len(engines[1].seen) == 1
-
-
-async def test_health_says_which_engine_is_not_well(start_engines):
-    engine = ScriptedEngine()
-    (url,) = await start_engines(engine)
-    async with EngineClient([url, DEAD], None) as client:
-        health = await client.health()
-    assert health[url] is None
-    assert "Cannot connect" in str(health[DEAD])
+async def test_aborting_asks_every_engine_and_passes_over_the_dead(start_engines):
+    scripted = ScriptedEngine()
+    await start_engines(scripted)
+    async with EngineClient(None) as client:
+        await client.abort([DEAD, engine_at(scripted.url)])
+    assert scripted.seen == [("/abort_request", {"abort_all": True})]

@@ -1,129 +1,294 @@
-"""The rollout manager over real HTTP and real graders: order, overlap, bounds, errors."""
+"""Collecting steps over real HTTP, graders and journal: the batch depends on the draws alone."""
+
+from __future__ import annotations
 
 import asyncio
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack
 
-import numpy as np
 import pytest
-from scripted_engine import ScriptedEngine, answer, echo_seeds, routed
+from harness import PROMPTS, Run, Supervisor, decode, plain, run_of, until
+from scripted_engine import END, ScriptedEngine, Storyteller, answer
 
-from miles.config.schema import RewardSection
-from miles.data.sample import FinishReason, Prompt, sample_seed
+from miles.config.schema import RolloutSection
+from miles.data.sample import FinishReason, sample_seed
 from miles.errors import DataError, EngineError
-from miles.rewards.grader import build_grader
-from miles.rollout.answers import ExpertShape
-from miles.rollout.client import EngineClient, SamplingParams
-from miles.rollout.manager import RolloutManager
+from miles.rollout.manager import Collected, NeedWeights, Stopped
 
-PARAMS = SamplingParams(temperature=1.0, max_new_tokens=8)
-
-
-def prompts(count: int) -> list[Prompt]:
-    return [Prompt(f"p{i}", [i], f"question {i}", label=str(sample_seed(3, f"p{i}", 1))) for i in range(count)]
-
-
-@asynccontextmanager
-async def manager_of(urls, reward: RewardSection | None = None, **options):
-    grader = build_grader([reward or RewardSection(grader="exact")])
-    options = {"group_size": 3, "max_concurrent_groups": 8, "seed": 3, **options}
-    async with EngineClient(urls, None, max_retries=0) as client:
-        try:
-            yield RolloutManager(client, grader, PARAMS, **options)
-        finally:
-            grader.close()
+SECTION = RolloutSection(
+    prompts_per_step=3,
+    group_size=2,
+    max_response_tokens=40,
+    over_sampling=2.0,
+    filter="zero-variance",
+    max_concurrent_groups=4,
+    max_retries=1,
+)
 
 
-async def test_groups_come_in_the_order_of_the_prompts_whatever_finished_first(start_engines):
-    async def first_prompts_last(body):
-        await asyncio.sleep(0.05 - 0.01 * body["input_ids"][0][0])
+@pytest.fixture
+async def launch(tmp_path, start_engines):
+    """`await launch(engine, ...)` starts engines and a run on them, each run in a directory of its own."""
+    async with AsyncExitStack() as stack:
+        number = 0
 
-    engine = ScriptedEngine(wait=first_prompts_last)
-    progress = []
-    async with manager_of(await start_engines(engine)) as manager:
-        groups = await manager.collect(prompts(5), [0] * 5, lambda done, total: progress.append((done, total)))
-    assert [group.prompt.id for group in groups] == ["p0", "p1", "p2", "p3", "p4"]
-    assert progress == [(done, 5) for done in range(1, 6)]
+        async def start(*engines: ScriptedEngine, name: str | None = None, section=SECTION, **options) -> Run:
+            nonlocal number
+            number += 1
+            await start_engines(*engines)
+            supervisor = Supervisor(tmp_path / f"engines-{number}.json", list(engines))
+            root = tmp_path / (name or f"run-{number}")
+            run = await stack.enter_async_context(run_of(root, supervisor, section=section, **options))
+            stack.push_async_callback(lambda: asyncio.gather(*(engine.close() for engine in supervisor.engines)))
+            return run
 
-
-async def test_samples_are_filled_completely_and_graded(start_engines):
-    array = np.ones((1 + 2 - 1, 2, 1), dtype=np.int32)
-    generated = answer([65, 66], finish="length", weight_version="4", routed_experts=routed(array))
-    engine = ScriptedEngine(generate=lambda body: [generated])
-    shape = ExpertShape(layers=2, top_k=1, experts=4)
-    async with manager_of(await start_engines(engine), group_size=1, experts=shape) as manager:
-        (group,) = await manager.collect([Prompt("p", [1], "t", "AB")], [2])
-    (sample,) = group.samples
-    assert (sample.index, sample.seed) == (0, sample_seed(3, "p", 0, epoch=2))
-    assert (sample.tokens, sample.text) == ([1, 65, 66], "AB")
-    assert (sample.log_probs, sample.loss_mask, sample.weight_versions) == ([-0.5] * 2, [1, 1], [4, 4])
-    assert sample.finish_reason is FinishReason.LENGTH
-    assert sample.routed_experts is not None and sample.routed_experts.shape == (2, 2, 1)
-    assert (sample.reward, sample.reward_parts) == (1.0, {"exact": 1.0})
+        yield start
 
 
-async def test_seeds_depend_on_prompt_index_and_epoch_only(start_engines):
-    engine = ScriptedEngine()
-    urls = await start_engines(engine)
-    async with manager_of(urls) as manager:
-        together = await manager.collect(prompts(3), [0, 0, 1])
-        alone = await manager.collect(prompts(3)[2:], [1])
-    assert [s.text for s in together[2].samples] == [s.text for s in alone[0].samples]
-    assert [s.reward for s in together[0].samples] == [0.0, 1.0, 0.0]
-    assert [s.reward for s in together[2].samples] == [0.0, 0.0, 0.0]
-    assert len({s.seed for group in together for s in group.samples}) == 9
+async def steps_of(run: Run, count: int = 3) -> list[dict]:
+    return [plain((await run.step(step)).batch) for step in range(1, count + 1)]
 
 
-async def test_groups_in_flight_are_bounded(start_engines):
-    async def a_moment(body):
-        await asyncio.sleep(0.01)
+async def test_three_partial_steps_do_not_depend_on_engines_chunks_and_concurrency(launch):
+    expected = await steps_of(await launch(Storyteller()))
+    carried = [sample for batch in expected for group in batch["carried"] for sample in group["samples"]]
+    assert any(sample["finish_reason"] is None and sample["response_tokens"] for sample in carried)
+    versions = {tuple(sample["weight_versions"]) for b in expected for g in b["groups"] for sample in g["samples"]}
+    assert any(len(set(each)) > 1 for each in versions), "some response spans several steps"
+    assert any(batch["dropped"] for batch in expected)
 
-    engine = ScriptedEngine(wait=a_moment)
-    async with manager_of(await start_engines(engine), max_concurrent_groups=3) as manager:
-        await manager.collect(prompts(10), [0] * 10)
-    assert engine.most_in_flight == 3
-
-
-async def test_grading_does_not_hold_up_generation(start_engines, tmp_path):
-    """The grader of the first group waits for a file that only a later request to the engine creates."""
-    marker = tmp_path / "second-request"
-    file = tmp_path / "waiting.py"
-    file.write_text(
-        "import asyncio, pathlib\n"
-        "async def score(prompt, response, label, metadata):\n"
-        f"    while not pathlib.Path({str(marker)!r}).exists():\n"
-        "        await asyncio.sleep(0.001)\n"
-        "    return 1\n"
-    )
-
-    def generate(body):
-        if body["input_ids"][0] == [1]:
-            marker.touch()
-        return echo_seeds(body)
-
-    engine = ScriptedEngine(generate=generate)
-    reward = RewardSection(grader=f"{file}:score", timeout=20.0)
-    async with manager_of(await start_engines(engine), reward, max_concurrent_groups=1) as manager:
-        groups = await manager.collect(prompts(2), [0, 0])
-    assert [sample.reward for group in groups for sample in group.samples] == [1.0] * 6
+    one = SECTION.model_copy(update={"max_concurrent_groups": 1})
+    assert expected == await steps_of(await launch(Storyteller(), section=one, shortest_chunk=40))
+    many = SECTION.model_copy(update={"max_concurrent_groups": 64})
+    assert expected == await steps_of(await launch(Storyteller(), Storyteller(pace=0.002), section=many))
+    assert expected == await steps_of(await launch(*(Storyteller(pace=0.001) for _ in range(3)), shortest_chunk=1))
 
 
-async def test_the_first_error_ends_everything_in_flight(start_engines, tmp_path):
-    file = tmp_path / "picky.py"
-    file.write_text("async def score(prompt, response, label, metadata):\n    raise ValueError('no ' + prompt)\n")
-
-    async def all_but_the_first_forever(body):
-        if body["input_ids"][0] != [0]:
-            await asyncio.sleep(60)
-
-    engine = ScriptedEngine(wait=all_but_the_first_forever)
-    async with manager_of(await start_engines(engine), RewardSection(grader=f"{file}:score")) as manager:
-        with pytest.raises(DataError, match="ValueError: no question 0"):
-            await manager.collect(prompts(3), [0] * 3)
+async def test_routes_are_those_of_one_pass_over_each_token(launch):
+    run = await launch(Storyteller(experts=8), experts=True, shortest_chunk=3)
+    for batch in [(await run.step(step)).batch for step in (1, 2)]:
+        for sample in [sample for group in [*batch.groups, *batch.carried] for sample in group.samples]:
+            if not sample.response_tokens:
+                assert sample.routed_experts is None
+                continue
+            expected = [(token + i) % 8 for i, token in enumerate(sample.tokens[:-1])]
+            assert sample.routed_experts is not None
+            assert sample.routed_experts[:, 0, 0].tolist() == expected
 
 
-async def test_an_aborted_response_is_an_engine_error(start_engines):
-    aborted = answer([1], finish_reason={"type": "abort", "message": "out of memory"})
-    engine = ScriptedEngine(generate=lambda body: [aborted] * 3)
-    async with manager_of(await start_engines(engine)) as manager:
-        with pytest.raises(EngineError, match="aborted response 0 to prompt 'p0': out of memory"):
-            await manager.collect(prompts(1), [0])
+async def test_the_synchronous_case_reads_the_prompts_of_the_step_and_fills_samples(launch):
+    section = SECTION.model_copy(update={"over_sampling": 1.0, "filter": "none"})
+    run = await launch(Storyteller(), section=section)
+    first, second = (await run.step(1)).batch, (await run.step(2)).batch
+    assert [group.position for group in first.groups + second.groups] == list(range(6))
+    assert not first.carried and first.cursor == 3
+    group = second.groups[0]
+    assert (group.epoch, group.born) == (0, 2)
+    for sample in group.samples:
+        assert sample.seed == sample_seed(3, group.prompt.id, sample.index)
+        assert sample.text == decode(sample.response_tokens)
+        assert set(sample.weight_versions) == {1}
+        ended = sample.response_tokens[-1] == END
+        assert sample.finish_reason is (FinishReason.STOP if ended else FinishReason.LENGTH)
+        assert ended or len(sample.response_tokens) == 40
+        assert sample.reward == float(len(sample.text) % 3 == 0)
+
+
+async def test_a_group_that_waited_long_enough_is_in_the_batch(launch):
+    section = SECTION.model_copy(update={"filter": "none", "max_staleness": 1})
+    run = await launch(Storyteller(longest=60), section=section)
+    carried: list[int] = []
+    for step in range(1, 5):
+        collected = await run.step(step)
+        assert set(carried) <= {group.position for group in collected.batch.groups}
+        carried = [group.position for group in collected.batch.carried]
+        assert carried
+        assert collected.metrics["rollout/carried_groups"] == len(carried)
+    assert collected.metrics["rollout/off_policy_token_fraction"] > 0
+
+
+async def test_groups_in_flight_are_bounded(launch):
+    engine = Storyteller(pace=0.001)
+    run = await launch(engine, section=SECTION.model_copy(update={"max_concurrent_groups": 2}))
+    await run.step(1)
+    assert engine.most_in_flight == 2
+
+
+async def test_a_stop_keeps_every_token_and_the_next_attempt_goes_on(launch):
+    expected = await steps_of(await launch(Storyteller()))
+
+    run = await launch(Storyteller(), name="stopped")
+    assert plain((await run.step(1)).batch) == expected[0]
+    run.supervisor.engines[0].pace = 0.01
+    run.push(1)
+    run.stop = lambda: any(each.counts and max(each.counts) > 5 for each in run.collection._progress.values())
+    assert isinstance(await run.attempt(2), Stopped)
+    assert not run.flight.generating
+    assert run.supervisor.engines[0].in_flight == 0
+
+    again = await launch(Storyteller(), name="stopped")
+    again.frontier = again.frontier.after(again.journal.read_batch(1))
+    open_step = again.journal.read_open(2)
+    assert open_step.groups
+    again.resume_with(open_step)
+    collected = await again.step(2)
+    assert plain(collected.batch) == expected[1]
+    assert collected.metrics["rollout/resumed_tokens"] > 5
+    assert plain((await again.step(3)).batch) == expected[2]
+
+
+async def test_a_killed_attempt_goes_on_from_its_last_flush(launch):
+    expected = await steps_of(await launch(Storyteller()), 2)
+
+    run = await launch(Storyteller(), name="killed", flush_seconds=0.01)
+    await run.step(1)
+    run.supervisor.engines[0].pace = 0.01
+    run.push(1)
+    task = asyncio.create_task(run.attempt(2))
+    segments = run.journal._directory.glob
+    await until(lambda: len(list(segments("step-000002/segment-*"))) > 3)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+    again = await launch(Storyteller(), name="killed")
+    again.frontier = again.frontier.after(again.journal.read_batch(1))
+    open_step = again.journal.read_open(2)
+    assert any(sample.response_tokens for group in open_step.groups for sample in group.samples)
+    again.resume_with(open_step)
+    assert plain((await again.step(2)).batch) == expected[1]
+
+
+async def test_an_engine_that_dies_costs_nothing_and_gets_weights_when_it_is_back(launch):
+    expected = await steps_of(await launch(Storyteller()))
+
+    run = await launch(Storyteller(pace=0.003), Storyteller(pace=0.003))
+    supervisor = run.supervisor
+    assert plain((await run.step(1)).batch) == expected[0]
+    run.push(1)
+    task = asyncio.create_task(run.attempt(2))
+    await until(lambda: supervisor.engines[0].in_flight)
+    await supervisor.kill(0)
+    await asyncio.sleep(0.02)
+    await supervisor.restart(0)
+    outcome = await task
+    assert outcome == NeedWeights()
+    assert run.flight.generating, "what the other engine generates goes on"
+    assert run.engines.receivers(1) == [0]
+    assert plain((await run.step(2)).batch) == expected[1]
+    assert run.pushes[-1] == [0]
+    assert plain((await run.step(3)).batch) == expected[2]
+
+
+async def test_without_an_engine_in_service_it_waits_until_one_is_back(launch):
+    expected = await steps_of(await launch(Storyteller()), 1)
+    run = await launch(Storyteller(pace=0.002))
+    run.push(0)
+    task = asyncio.create_task(run.attempt(1))
+    await until(lambda: run.supervisor.engines[0].in_flight)
+    await run.supervisor.kill(0)
+    await asyncio.sleep(0.3)
+    assert not task.done()
+    await run.supervisor.restart(0)
+    assert isinstance(await task, NeedWeights)
+    assert plain((await run.step(1)).batch) == expected[0]
+
+
+async def test_answers_of_other_weights_are_not_used(launch):
+    run = await launch(Storyteller())
+    run.push(0)
+    run.supervisor.engines[0].version = 7
+    assert isinstance(await run.attempt(1), NeedWeights)
+    collected = await run.step(1)
+    assert {v for g in collected.batch.groups for s in g.samples for v in s.weight_versions} == {0}
+
+
+def kills_on(prompt: str, supervisor: Supervisor, index: int, tasks: list[asyncio.Task]):
+    """A wait of an engine that dies of a prompt, and comes back a little later."""
+    poison = next(each.tokens[0] for each in PROMPTS if each.id == prompt)
+
+    async def back() -> None:
+        await supervisor.kill(index)
+        await asyncio.sleep(0.005)
+        await supervisor.restart(index)
+
+    async def wait(body) -> None:
+        if any(ids[0] == poison for ids in body["input_ids"]):
+            await asyncio.sleep(0.003)
+            tasks.append(asyncio.create_task(back()))
+            await tasks[-1]
+
+    return wait
+
+
+@pytest.mark.parametrize("count", [1, 2])
+async def test_a_prompt_that_kills_engines_is_found_and_set_aside_alone(launch, count):
+    calm = await launch(Storyteller())
+    victim = (await calm.step(1)).batch.groups[0].prompt.id
+
+    run = await launch(*(Storyteller(pace=0.001) for _ in range(count)), section=SECTION)
+    supervisor, tasks = run.supervisor, []
+    for index, engine in enumerate(supervisor.engines):
+        engine.wait = kills_on(victim, supervisor, index, tasks)
+    supervisor.again = lambda index: Storyteller(wait=kills_on(victim, supervisor, index, tasks), pace=0.001)
+    collected = await run.step(1)
+    dropped = [each for each in collected.batch.dropped if each.reason == "quarantined"]
+    assert [each.prompt_id for each in dropped] == [victim]
+    assert "it kills engines, alone as well" in dropped[0].detail
+    assert collected.batch.quarantined_total == 1
+    assert collected.metrics["groups/quarantined"] == 1
+    await asyncio.gather(*tasks)
+
+
+async def test_a_refused_prompt_is_replaced_and_the_rest_is_as_if_it_did_not_exist(launch):
+    section = SECTION.model_copy(update={"filter": "none", "over_sampling": 1.0})
+    expected = (await (await launch(Storyteller(), section=section)).step(1)).batch
+    run = await launch(Storyteller(refused=expected.groups[1].prompt.tokens[0]), section=section)
+    collected = await run.step(1)
+    assert [group.position for group in collected.batch.groups] == [0, 2, 3]
+    assert plain(collected.batch)["groups"][0] == plain(expected)["groups"][0]
+    (dropped,) = collected.batch.dropped
+    assert (dropped.position, dropped.reason) == (1, "quarantined")
+    assert "answered 400: too long" in dropped.detail
+
+
+async def test_too_many_prompts_that_fail_stop_the_run_with_the_reasons(launch):
+    section = SECTION.model_copy(update={"max_quarantined": 1, "max_retries": 0})
+    run = await launch(ScriptedEngine(statuses=[503] * 99), section=section)
+    run.push(0)
+    with pytest.raises(EngineError) as error:
+        await run.attempt(1)
+    assert "rollout.max_quarantined = 1" in str(error.value)
+    assert "scripted 503 (1 attempts)" in str(error.value)
+    assert not run.flight.generating
+
+
+async def test_an_engine_that_fails_and_lives_is_asked_again_elsewhere(launch):
+    expected = await steps_of(await launch(Storyteller()), 1)
+    assert expected == await steps_of(await launch(Storyteller(statuses=[500]), Storyteller()), 1)
+
+
+async def test_abort_without_a_request_to_abort_counts_as_a_failure(launch):
+    aborted = answer([97], finish_reason={"type": "abort", "message": "out of memory"}, weight_version="0")
+    section = SECTION.model_copy(update={"max_quarantined": 0})
+    run = await launch(ScriptedEngine(generate=lambda body: [aborted] * 2), section=section)
+    run.push(0)
+    with pytest.raises(EngineError, match=r"aborted a response: out of memory \(2 attempts\)"):
+        await run.attempt(1)
+
+
+async def test_a_grader_that_must_stop_the_run_does(launch):
+    broken = "async def score(prompt, response, label, metadata):\n    raise ValueError('no ' + prompt)\n"
+    run = await launch(Storyteller(), grader=broken)
+    run.push(0)
+    with pytest.raises(DataError, match="ValueError: no question"):
+        await run.attempt(1)
+    assert not run.flight.generating
+
+
+async def test_dropped_groups_are_bounded(launch):
+    section = SECTION.model_copy(update={"max_filtered": 1.0, "over_sampling": 1.0, "group_size": 1})
+    collected = await (await launch(Storyteller(), section=section)).step(1)
+    assert isinstance(collected, Collected)
+    assert [each.position for each in collected.batch.dropped] == [0, 1, 2]
+    assert collected.batch.dropped[0].detail in ("all rewards are 0", "all rewards are 1")
+    assert collected.metrics["groups/filtered"] == 3
+    assert collected.metrics["groups/unfiltered"] == 3
