@@ -38,6 +38,7 @@ def audit(paths: RunPaths, reference: RunPaths) -> list[str]:
         *metric_findings(paths, reference),
         *checkpoint_findings(paths),
         *process_findings(paths),
+        *log_findings(paths),
     ]
 
 
@@ -176,3 +177,9 @@ def checkpoint_findings(paths: RunPaths, stages: tuple[str, ...] = STAGES) -> li
 def process_findings(paths: RunPaths) -> list[str]:
     """Processes that outlived the run."""
     return [f"still runs: process {pid}, {command}" for pid, command in remains(paths).items()]
+
+
+def log_findings(paths: RunPaths) -> list[str]:
+    """Errors that no user should see: the stack of a program, in any log of any attempt."""
+    logs = [paths.driver_log, *sorted(paths.all_logs.glob("attempt-*/*.log"))]
+    return [f"a traceback in {log}" for log in logs if "Traceback" in log.read_text(errors="replace")]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from miles.runs.paths import RunPaths
+from tests.chaos.rehearsal import Rehearsal
 
 
 def truncated(file: Path) -> None:
@@ -43,7 +45,34 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 
 
 def needed_files(paths: RunPaths, stage: str) -> list[Path]:
-    """What a continuing command reads: the newest checkpoint, and the journal after it."""
+    """What a continuing command reads: the newest checkpoint and the journal after it; relative to the run directory."""
     newest = max(paths.checkpoints(stage).glob("step-*"))
     later = [step for step in sorted(paths.journal(stage).glob("step-*")) if step.name > newest.name]
-    return [file for directory in (newest, *later) for file in sorted(directory.rglob("*")) if file.is_file()]
+    files = [file for directory in (newest, *later) for file in sorted(directory.rglob("*")) if file.is_file()]
+    return [file.relative_to(paths.root) for file in files]
+
+
+@dataclass(frozen=True, slots=True)
+class Survival:
+    """A stage that continued with one damaged file, and what was wrong afterwards."""
+
+    file: str
+    damage: str
+    findings: list[str]
+
+
+def survive(stage: Rehearsal, midway: RunPaths, file: Path, damage: str) -> Survival:
+    """Go back to midway, damage a file (relative to the run directory), run the stage to its end, and compare.
+
+    A file of the journal that was removed is not missed by name: its responses are generated again.
+    """
+    stage.begin(midway)
+    DAMAGES[damage](stage.paths.root / file)
+    findings = []
+    if code := stage.run():
+        findings.append(f"exit code {code}\n{stage.message()}")
+    else:
+        findings += stage.findings()
+        if str(file) not in stage.message() and not (damage == "removed" and file.suffix == ".h5"):
+            findings.append(f"the log does not name {file}\n{stage.message()}")
+    return Survival(str(file), damage, findings)

@@ -21,18 +21,19 @@ class Rehearsal:
         self.shim = shim
         self.paths = RunPaths(_watched(directory))
         self._directory = directory
-        self._begin = prepare(case, directory / "before", until=name, nursery=nursery)
+        self.before = prepare(case, directory / "before", until=name, nursery=nursery)
+        """The run before the stage has begun."""
         self._stage = Stage(self.paths, name, nursery, directory)
-        self.begin_anew()
+        self.begin(self.before)
         shim.arm()
         self.finish()
         self.changes = shim.changes()
         """What the undisturbed stage did to the run directory."""
         self._undisturbed = copy_run(self.paths, RunPaths(directory / "undisturbed"))
 
-    def begin_anew(self) -> None:
-        """Back to where the stage has not begun, or where `midway` left it."""
-        copy_run(self._begin, self.paths)
+    def begin(self, at: RunPaths) -> None:
+        """Back to `before`, or to what `midway` returned."""
+        copy_run(at, self.paths)
         self._stage.attempt = 0
 
     def run(self) -> int:
@@ -48,15 +49,15 @@ class Rehearsal:
         """What the last run said: the error that ended it, and its log."""
         return self._stage.message()
 
-    def midway(self, where: Callable[[Change], bool]) -> None:
-        """Kill the stage at the first change of which `where` is true; from now on it begins there."""
+    def midway(self, where: Callable[[Change], bool]) -> RunPaths:
+        """The run when the stage is killed at its first change of which `where` is true."""
         first = next(change.number for change in self.changes if where(change))
-        self.begin_anew()
+        self.begin(self.before)
         self.shim.arm(first, action=KILL)
         code = self.run()
         assert code == -9, f"exit code {code}\n{self.message()}"
         self.shim.arm()
-        self._begin = copy_run(self.paths, RunPaths(self._directory / "midway"))
+        return copy_run(self.paths, RunPaths(self._directory / "midway"))
 
     def findings(self) -> list[str]:
         """What differs from the undisturbed stage, or is wrong in itself."""

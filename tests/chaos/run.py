@@ -52,7 +52,7 @@ ranks = {ranks}
 engines = {engines}
 
 [checkpoint]
-every = 3
+every = {checkpoint_every}
 
 [steps.prepare]
 kind = "tiny-task"
@@ -67,7 +67,7 @@ model = "step:prepare/model"
 data = "step:prepare/demonstrations.jsonl"
 
 [steps.warmup.train]
-steps = 5
+steps = 8
 batch_size = 16
 lr = 1e-3
 
@@ -117,6 +117,7 @@ class Case:
     engines: int = 1
     steps: int = 12
     """Reinforcement-learning steps."""
+    checkpoint_every: int = 3
     eval_every: int = 5
     flush_seconds: float = 0.5
 
@@ -134,6 +135,7 @@ class Case:
             ranks=self.ranks,
             engines=self.engines,
             rollout=PARTIAL if self.partial else "",
+            checkpoint_every=self.checkpoint_every,
             eval_every=self.eval_every,
             steps=self.steps,
             flush_seconds=self.flush_seconds,

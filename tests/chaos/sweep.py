@@ -28,7 +28,7 @@ def die_at(stage: Rehearsal, change: Change, *, torn: bool = False) -> Death:
 
     How often progress is written depends on timing: it may be another change than the undisturbed stage's.
     """
-    stage.begin_anew()
+    stage.begin(stage.before)
     stage.shim.arm(change.number, action=TORN if torn else KILL)
     code = stage.run()
     changes = stage.shim.changes()

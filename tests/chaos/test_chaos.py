@@ -1,0 +1,59 @@
+"""A run that is killed again and again ends with the same bits as one that is not. More of it: `make chaos`."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.audit import audit
+from tests.chaos.kills import Kind, Life, Plan, torment
+from tests.chaos.run import Case, finish, paths_of
+from tests.chaos.shim import Shim
+
+CASE = Case("megatron", partial=True, steps=8, checkpoint_every=2)
+
+
+class Listed(Plan):
+    """These blows in this order; the moments are random."""
+
+    def __init__(self, kinds: list[Kind], seed: int, horizon: float) -> None:
+        super().__init__(seed, horizon)
+        self._kinds = iter(kinds)
+
+    def next(self) -> tuple[Kind, float]:
+        return next(self._kinds), super().next()[1]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """The run file of a run that nothing happened to, and its seconds."""
+    file = CASE.write(tmp_path_factory.mktemp("undisturbed") / "run")
+    return file, finish(file)
+
+
+@pytest.mark.timeout(600)
+def test_killed_run_ends_with_the_same_bits(undisturbed: tuple[Path, float], tmp_path: Path) -> None:
+    reference, seconds = undisturbed
+    file = CASE.write(tmp_path / "run")
+    kinds = [Kind.RANK, Kind.ENGINE, Kind.ALL, Kind.WRITE, Kind.TERM, Kind.DRIVER]
+    plan = Listed(kinds, seed=1, horizon=seconds / 2)
+    lives = torment(file, plan, shim=Shim(tmp_path / "shim", paths_of(file).root), max_kills=len(kinds))
+    assert audit(paths_of(file), paths_of(reference)) == []
+    assert _blows(lives) == kinds[: len(_blows(lives))] and len(_blows(lives)) >= 3
+
+
+def _blows(lives: list[Life]) -> list[Kind]:
+    return [kill.kind for life in lives for kill in life.kills]
+
+
+def test_audit_sees_a_lost_draw_and_one_used_twice(undisturbed: tuple[Path, float]) -> None:
+    from dataclasses import replace
+
+    from tests.chaos.audit import draw_findings, read_journal
+
+    batches = read_journal(paths_of(undisturbed[0]))
+    assert draw_findings(batches) == []
+    last = batches[max(batches)]
+    lost = batches | {last.step: replace(last, groups=last.groups[1:])}
+    assert "lost: [" in draw_findings(lost)[0]
+    twice = batches | {last.step: replace(last, groups=[*last.groups, batches[1].groups[0]])}
+    assert "used twice: [" in draw_findings(twice)[0]
