@@ -24,8 +24,8 @@ except SystemExit as end:
     print(json.dumps(sorted(name.partition(".")[0] for name in sys.modules)), file=sys.stderr)
     sys.exit(end.code)
 """
-COMMANDS = ["submit", "watch", "status", "logs", "stop", "report", "runs", "init", "version", "config"]
-COMMANDS += ["config check", "config explain", "config show"]
+COMMANDS = ["submit", "resume", "fork", "watch", "status", "logs", "stop", "save", "checkpoints", "export", "report"]
+COMMANDS += ["runs", "init", "version", "config", "config check", "config explain", "config show"]
 
 
 def _imported(directory: Path, *arguments: str) -> set[str]:

@@ -73,7 +73,7 @@ def test_detached_run_refuses_a_second_submit_and_is_stopped(miles: Miles, run: 
     assert f"in use by process {driver}" in second.stderr
     stopped = miles("stop", "demo")
     assert stopped.returncode == 0, stopped.stderr
-    assert "next: miles submit runs/demo/run.toml --local" in stopped.stdout
+    assert "next: miles resume demo" in stopped.stdout
     assert current_holder(run) is None
     assert read_attempts(run)[-1].reason == "stopped"
 
@@ -88,4 +88,5 @@ def test_signal_to_the_terminals_command_stops_the_run(directory: Path, run: Run
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 75
     assert "stopped" in errors
+    assert "the same command continues the run" in errors
     assert current_holder(run) is None
