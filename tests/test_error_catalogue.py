@@ -268,6 +268,7 @@ kind = "eval"
 eval.data = "data.jsonl"
 rewards = [{{grader = "grader.py:grade", timeout = 600}}]
 rollout.max_response_tokens = 4
+engine.max_restarts = 0
 local.threads = 1
 """)
     paths = RunPaths(tmp_path / "runs/demo")
@@ -285,7 +286,7 @@ local.threads = 1
     wait_for((tmp_path / "called").exists, "the grader to be called", seconds=120)
     kill(paths, "engine")
     done = ended(running)
-    assert_ended_with(done, RUNNING["An engine is killed"], tmp_path)
+    assert_ended_with(done, RUNNING["An engine is killed, and engine.max_restarts = 0"], tmp_path)
     assert_recorded(paths, "check", EndReason.ENGINE_CRASH, done)
 
     (tmp_path / "mode").write_text("raise")

@@ -104,12 +104,12 @@ class Engines:
         if engine.lost_its_port and engine.ports_lost < PORT_TRIES - 1:
             engine.ports_lost += 1
             log.warning("another program took port %d of %s; it starts again on another", engine.port, engine.name)
-        elif not engine.came_up:
+        elif not engine.came_up or self._limits.max_restarts == 0:
             raise problem
-        elif engine.restarts >= self._limits.max_restarts:
+        elif engine.restarts == self._limits.max_restarts:
             raise EngineError(
-                f"{engine.name} was started again {engine.restarts} times in this attempt "
-                f"(engine.max_restarts = {self._limits.max_restarts}) and failed once more: {problem.message}",
+                f"{engine.name} failed once more after {engine.restarts} restarts in this attempt "
+                f"(engine.max_restarts = {self._limits.max_restarts}): {problem.message}",
                 fix=problem.fix,
             )
         else:

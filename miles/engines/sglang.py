@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 import runpy
 import sys
 from collections.abc import Sequence
@@ -46,6 +47,7 @@ def sglang_arguments(spec: EngineSpec, *, gpu: bool) -> list[str]:
         *("--port", str(spec.port)),
         *("--dtype", spec.dtype),
         *("--max-running-requests", str(engine.max_running_requests)),
+        *("--watchdog-timeout", f"{engine.hang_timeout:g}"),
         *(GPU if gpu else CPU),
     ]
     if gpu:
@@ -67,6 +69,9 @@ def serve_sglang(arguments: Sequence[str], token: str) -> None:
             fix='install miles-hpc[gpu], or set engine.kind = "embedded"',
         )
     _redact(token)
+    # By default /health generates a token, which kills a server whose memory is released. Without, it tells that the
+    # server's front answers; a scheduler that hangs is ended by the watchdog, and one that dies ends the server.
+    os.environ["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] = "false"
     # Set inside the process: another user of the node sees the command line that the process was started with.
     sys.argv = [MODULE, *arguments, "--api-key", token]
     try:

@@ -82,27 +82,27 @@ def test_killed_engine_is_started_again_elsewhere(paths: RunPaths, supervise: Su
 
 
 def test_engine_that_hangs_is_killed_and_started_again(paths: RunPaths, supervise: Supervise) -> None:
-    process = supervise(worker="obey", engines=1, hang_timeout=1.0)
+    process = supervise(worker="obey", engines=1, hang_timeout=2.0)
     waiting_pids(paths)
     engines_when(paths, _all_ready, "the engine")
     victim = newest_pid(paths, "engine")
     os.kill(victim, signal.SIGSTOP)
-    engines_when(paths, lambda engines: engines[0].start == 2 and engines[0].ready, "the second start")
+    engines_when(paths, lambda engines: engines[0].start > 1 and engines[0].ready, "the second start")
     assert not psutil.pid_exists(victim)
     process.terminate()
     end_of(process, paths)
     assert process.stderr is not None
-    assert f"engine 0 (process {victim}) has not answered for 1 s" in process.stderr.read()
+    assert f"engine 0 (process {victim}) has not answered for 2 s" in process.stderr.read()
 
 
 def test_supervisor_that_was_suspended_does_not_blame_its_engines(paths: RunPaths, supervise: Supervise) -> None:
-    process = supervise(worker="obey", engines=1, hang_timeout=2.0)
+    process = supervise(worker="obey", engines=1, hang_timeout=4.0)
     waiting_pids(paths)
     before = engines_when(paths, _all_ready, "the engine")
     everybody = [process.pid, newest_pid(paths, "engine")]
     for pid in everybody:
         os.kill(pid, signal.SIGSTOP)
-    time.sleep(5)
+    time.sleep(6)
     for pid in everybody:
         os.kill(pid, signal.SIGCONT)
     time.sleep(1)
@@ -119,7 +119,7 @@ def test_engine_that_dies_too_often_ends_the_attempt(paths: RunPaths, supervise:
     os.kill(newest_pid(paths, "engine"), signal.SIGKILL)
     code, attempt = end_of(process, paths)
     assert (code, attempt.reason) == (EngineError.exit_code, EndReason.ENGINE_CRASH)
-    assert "engine 0 was started again 2 times in this attempt (engine.max_restarts = 2)" in attempt.detail
+    assert "engine 0 failed once more after 2 restarts in this attempt (engine.max_restarts = 2)" in attempt.detail
     assert attempt.detail.endswith("engine standing in\ncannot load the weights again"), "of the last start alone"
     assert (paths.root / "starts-0").read_text() == "+++"
     failure = read_failure(paths.root / "failure.json")
@@ -131,8 +131,9 @@ def test_engines_without_restarts_end_the_attempt_at_once(paths: RunPaths, super
     process = supervise(worker="obey", engines=1, max_restarts=0)
     started = waiting_pids(paths)
     engines_when(paths, _all_ready, "the engine")
-    os.kill(newest_pid(paths, "engine"), signal.SIGKILL)
+    victim = newest_pid(paths, "engine")
+    os.kill(victim, signal.SIGKILL)
     code, attempt = end_of(process, paths)
     assert (code, attempt.reason) == (EngineError.exit_code, EndReason.ENGINE_CRASH)
-    assert "was started again 0 times" in attempt.detail
+    assert f"engine 0 (process {victim}) was killed by SIGKILL" in attempt.detail
     assert all(not Path(f"/proc/{pid}").exists() for pid in started[:1])

@@ -545,6 +545,7 @@ def test_memory_is_released_and_taken_again(engine: Engine) -> None:
     for tags in ({"tags": ["kv_cache"]}, {"tags": ["weights"]}):
         answer = engine.send("/release_memory_occupation", tags)
         assert (answer.status_code, answer.json()) == (200, None)
+    assert engine.get("/health", token=None).status_code == 200, "it is asked whenever it sleeps, and lives on"
     for tags in ({"tags": ["weights"]}, {"tags": ["kv_cache"]}):
         answer = engine.send("/resume_memory_occupation", tags)
         assert (answer.status_code, answer.json()) == (200, None)

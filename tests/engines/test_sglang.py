@@ -34,15 +34,16 @@ def with_engine(**values: object) -> EngineSpec:
 def test_arguments_on_a_gpu() -> None:
     assert " ".join(sglang_arguments(SPEC, gpu=True)) == (
         "--model-path /models/m --tokenizer-path /models/t --host 127.0.0.1 --port 30002 --dtype bfloat16 "
-        "--max-running-requests 64 --enable-memory-saver --enable-deterministic-inference --base-gpu-id 2"
+        "--max-running-requests 64 --watchdog-timeout 120 --enable-memory-saver --enable-deterministic-inference "
+        "--base-gpu-id 2"
     )
 
 
 def test_arguments_on_a_cpu() -> None:
     assert " ".join(sglang_arguments(SPEC, gpu=False)) == (
         "--model-path /models/m --tokenizer-path /models/t --host 127.0.0.1 --port 30002 --dtype bfloat16 "
-        "--max-running-requests 64 --device cpu --attention-backend torch_native --sampling-backend pytorch "
-        "--grammar-backend none --disable-cuda-graph --disable-overlap-schedule"
+        "--max-running-requests 64 --watchdog-timeout 120 --device cpu --attention-backend torch_native "
+        "--sampling-backend pytorch --grammar-backend none --disable-cuda-graph --disable-overlap-schedule"
     )
 
 

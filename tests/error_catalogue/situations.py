@@ -84,10 +84,11 @@ RUNNING = {
         " (11 are missing)",
         "the directory is incomplete or its config.json belongs to another model",
     ),
-    "An engine is killed": Situation(
+    "An engine is killed, and engine.max_restarts = 0": Situation(
         EngineError,
         "engine 0 (process <id>) was killed by SIGKILL (the system does that when memory runs out) <end of its log>",
-        "read the whole log: `miles logs demo --role engine`",
+        "`miles logs demo --role engine` shows the whole log; "
+        "`miles submit <run directory>/run.toml --local` continues the run",
     ),
     "A grader raises": Situation(
         DataError,
@@ -98,7 +99,8 @@ RUNNING = {
     "A trainer rank is killed": Situation(
         TrainerError,
         "trainer 0 (process <id>) was killed by SIGKILL (the system does that when memory runs out) <end of its log>",
-        "read the whole log: `miles logs demo --role trainer`",
+        "`miles logs demo --role trainer` shows the whole log; "
+        "`miles submit <run directory>/run.toml --local` continues the run",
     ),
     "The disk becomes full": Situation(
         RunError,
