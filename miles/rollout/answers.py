@@ -71,14 +71,14 @@ def read_generation(answer: Mapping[str, Any], input_tokens: int, experts: Exper
     finish = meta["finish_reason"]
     # A request that was aborted before its prompt was read has nothing to report, whatever was asked for.
     tokens = list(answer.get("output_ids", []) if finish["type"] == FinishReason.ABORT else answer["output_ids"])
-    routes = _routed_experts(meta, input_tokens + len(tokens), experts) if experts is not None and tokens else None
+    shape = experts if tokens else None
     return Generation(
         tokens=tokens,
         log_probs=_log_probs(meta.get("output_token_logprobs") or [], tokens),
         weight_versions=_weight_versions(meta, len(tokens)),
         finish_reason=FinishReason(finish["type"]),
         abort_message=str(finish.get("message") or ""),
-        routed_experts=routes,
+        routed_experts=None if shape is None else _routed_experts(meta, input_tokens + len(tokens), shape),
     )
 
 

@@ -12,7 +12,7 @@ SHAPE = ExpertShape(layers=2, top_k=2, experts=8)
 
 def test_tokens_log_probs_reason_and_version():
     generation = read_generation(answer([65, 66], finish="length", weight_version="12"), 3, None)
-    assert (generation.text, generation.tokens, generation.log_probs) == ("AB", [65, 66], [-0.5, -0.5])
+    assert (generation.tokens, generation.log_probs) == ([65, 66], [-0.5, -0.5])
     assert generation.finish_reason is FinishReason.LENGTH
     assert generation.weight_versions == [12, 12]
     assert generation.routed_experts is None
@@ -33,6 +33,12 @@ def test_an_aborted_response_keeps_its_partial_tokens_and_the_reason():
     generation = read_generation(aborted, 1, None)
     assert (generation.finish_reason, generation.abort_message) == (FinishReason.ABORT, "Aborted")
     assert generation.tokens == [65]
+
+
+def test_a_request_aborted_before_its_prompt_was_read_has_nothing():
+    aborted = {"text": "", "meta_info": {"finish_reason": {"type": "abort"}, "weight_version": "3"}}
+    generation = read_generation(aborted, 3, SHAPE)
+    assert (generation.tokens, generation.weight_versions, generation.routed_experts) == ([], [], None)
 
 
 def test_routed_experts_get_their_shape_and_the_smallest_type():
