@@ -6,6 +6,8 @@ Owns the file layout (safetensors, index, config, tokenizer). What the tensors m
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -134,6 +136,7 @@ def write_model(directory: Path, weights: Iterable[tuple[str, torch.Tensor]], so
 
     Everything else (config, tokenizer, chat template, generation config, remote code) is copied from
     `source`. config.json is written last: a directory without it is unfinished. One shard is held in memory.
+    Raises OSError as the disk does.
     """
     directory.mkdir(parents=True, exist_ok=True)
     _write_weights(directory, weights)
@@ -175,7 +178,15 @@ def _write_weights(directory: Path, weights: Iterable[tuple[str, torch.Tensor]])
 
 
 def _flush(directory: Path, pending: dict[str, torch.Tensor], number: int) -> list[str]:
-    save_file(pending, _unfinished(directory, number), metadata={"format": "pt"})
+    file = _unfinished(directory, number)
+    try:
+        save_file(pending, file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        refusal = re.search(r"\(os error (\d+)\)", str(error))
+        if refusal is None:
+            raise
+        code = int(refusal[1])
+        raise OSError(code, os.strerror(code), str(file)) from error
     names = list(pending)
     pending.clear()
     return names

@@ -42,14 +42,19 @@ class Context:
 
 def build_trainer(model: ModelSection, train: TrainSection, context: Context) -> TrainerBackend:
     """The configured backend with the weights of a step's model. Collective."""
-    model_dir = context.paths.resolve(model.path)
+    return open_model(model, train, context.paths, context.seed)
+
+
+def open_model(model: ModelSection, train: TrainSection, paths: RunPaths, seed: int) -> TrainerBackend:
+    """As `build_trainer`, where no step is being run. Collective."""
+    model_dir = paths.resolve(model.path)
     if train.backend is Backend.MEGATRON:
         from miles.training.megatron.backend import MegatronBackend
 
-        return MegatronBackend(model_dir, train, context.seed)
+        return MegatronBackend(model_dir, train, seed)
     from miles.training.fsdp.backend import FsdpBackend
 
-    return FsdpBackend(model_dir, train, context.seed, trust_remote_code=model.trust_remote_code)
+    return FsdpBackend(model_dir, train, seed, trust_remote_code=model.trust_remote_code)
 
 
 def engine_dtype(step: RlStep) -> torch.dtype:

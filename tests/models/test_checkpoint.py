@@ -1,6 +1,8 @@
 """Model directories: partial reads, shards, and what a damaged one is answered with."""
 
+import errno
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -64,6 +66,18 @@ def test_config_names_the_written_dtype(source: Path, tmp_path: Path) -> None:
     halves = {name: value.bfloat16() for name, value in tensors(source).items()}
     write_model(tmp_path / "copy", halves.items(), source, torch.bfloat16)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "copy").dtype == torch.bfloat16
+
+
+def test_a_refusing_disk_is_an_os_error(source: Path, tmp_path: Path) -> None:
+    """safetensors has errors of its own, with the system's number in their text."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"model-00001.safetensors.partial") as caught:
+            write_model(tmp_path / "copy", [("weight", torch.zeros(10_000))], source, torch.float32)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.errno == errno.EFBIG
 
 
 def test_a_reused_buffer_is_copied(source: Path, tmp_path: Path) -> None:
