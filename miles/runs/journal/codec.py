@@ -228,6 +228,8 @@ def _reward_parts(deltas: list[SampleDelta], names: list[str]) -> np.ndarray:
 def _write_routes(file: h5py.File, deltas: list[SampleDelta], filters: Mapping[str, Any]) -> None:
     parts = [delta.routed_experts for delta in deltas if delta.routed_experts is not None]
     if parts:
+        kinds = {(rows.dtype, rows.shape[1:]) for rows in parts}
+        assert len(kinds) == 1, f"routes of more than one model: {kinds}"
         write_array(file, "routed_experts", np.concatenate(parts), filters)
 
 

@@ -5,7 +5,11 @@ Knows nothing of what the columns mean.
 
 from __future__ import annotations
 
+import os
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -16,8 +20,10 @@ CHUNK_BYTES = 2**20
 """Filters work on pieces of this size; larger ones compress no better (benchmarks/journal.py)."""
 PLAIN_BYTES = 256
 """Smaller arrays are stored as they are: a filter's own bookkeeping is as large."""
+MAX_THREADS = 16
+"""Compress at once; the node also has trainers and engines."""
 FILTERS: Mapping[str, Any] = {"compression": "gzip", "compression_opts": 1, "shuffle": True}
-"""Measured in benchmarks/journal.py."""
+"""Higher levels take longer than they save; lzf is quicker and a fifth larger (benchmarks/journal.py)."""
 
 
 def write_array(parent: h5py.Group, name: str, values: np.ndarray, filters: Mapping[str, Any] = FILTERS) -> None:
@@ -25,8 +31,29 @@ def write_array(parent: h5py.Group, name: str, values: np.ndarray, filters: Mapp
     if values.nbytes < PLAIN_BYTES:
         parent.create_dataset(name, data=values)
         return
-    rows = max(1, CHUNK_BYTES // max(1, values.nbytes // len(values)))
-    parent.create_dataset(name, data=values, chunks=(min(rows, len(values)), *values.shape[1:]), **filters)
+    rows = min(len(values), max(1, CHUNK_BYTES // max(1, values.nbytes // len(values))))
+    chunks = (rows, *values.shape[1:])
+    if filters.get("compression") != "gzip" or rows == len(values):
+        parent.create_dataset(name, data=values, chunks=chunks, **filters)
+        return
+    dataset = parent.create_dataset(name, shape=values.shape, dtype=values.dtype, chunks=chunks, **filters)
+    pack = partial(_packed, rows, filters["compression_opts"], filters.get("shuffle", False))
+    starts = range(0, len(values), rows)
+    # HDF5 would filter one chunk after the other; zlib in threads uses the cores that the node has.
+    with ThreadPoolExecutor(min(MAX_THREADS, len(os.sched_getaffinity(0)))) as threads:
+        packed = threads.map(pack, (values[start : start + rows] for start in starts))
+        for start, chunk in zip(starts, packed, strict=True):
+            dataset.id.write_direct_chunk((start, *[0] * (values.ndim - 1)), chunk)
+
+
+def _packed(rows: int, level: int, shuffle: bool, values: np.ndarray) -> bytes:
+    """A chunk as HDF5's shuffle and deflate filters make it; the last one is filled up to `rows`."""
+    whole = np.zeros((rows, *values.shape[1:]), values.dtype)
+    whole[: len(values)] = values
+    data = whole.reshape(-1).view(np.uint8)
+    if shuffle:
+        data = np.ascontiguousarray(data.reshape(-1, values.itemsize).T)
+    return zlib.compress(data.data, level)
 
 
 def narrow(values: np.ndarray) -> np.ndarray:

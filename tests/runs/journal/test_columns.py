@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from miles.runs.journal.columns import narrow, pack_text, runs, unpack_text, unrun, write_array
+from miles.runs.journal.columns import FILTERS, narrow, pack_text, runs, unpack_text, unrun, write_array
 
 
 @given(st.lists(st.integers(-(2**63), 2**63 - 1)))
@@ -39,3 +39,13 @@ def test_arrays_of_any_size_can_be_stored(shape: tuple[int, ...]) -> None:
         write_array(file, "values", values)
         assert np.array_equal(file["values"][:], values)
         assert file["values"].dtype == values.dtype
+
+
+@pytest.mark.parametrize("filters", [FILTERS, {"compression": "gzip", "compression_opts": 1}, {"compression": "lzf"}])
+def test_tables_of_many_chunks_can_be_stored(filters: dict) -> None:
+    values = np.zeros(200_001, dtype=[("value", "u1"), ("count", "f8")])
+    values["value"], values["count"] = np.arange(len(values)) % 251, np.arange(len(values))
+    with h5py.File(io.BytesIO(), "w") as file:
+        write_array(file, "values", values, filters)
+        assert file["values"].chunks[0] < len(values)
+        assert np.array_equal(file["values"][:], values)
