@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -247,7 +248,13 @@ def main() -> None:
         step = measure_step(large, Path(directory))
     print(step, flush=True)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    record = {"machine": machine(), "commit": commit.stdout.strip(), "contents": measured, "large dense step": step}
+    record = {
+        "machine": machine(),
+        "load_average": round(os.getloadavg()[0], 1),
+        "commit": commit.stdout.strip(),
+        "contents": measured,
+        "large dense step": step,
+    }
     arguments.output.write_text(json.dumps(record, indent=2) + "\n")
 
 
