@@ -25,7 +25,7 @@ from miles.config.schema import RunConfig
 from miles.errors import MilesError, RunError
 from miles.runs.claim import Claim, Holder, current_holder
 from miles.runs.failures import FAILURE_VARIABLE, exit_with_failures, read_failure
-from miles.runs.files import disk_errors, full_disk
+from miles.runs.files import disk_errors, full_disk, remove_abandoned
 from miles.runs.paths import RunPaths
 from miles.workflow.kinds import processes_of
 from miles.workflow.plan import PlannedStep, plan_run
@@ -34,6 +34,7 @@ from miles.workflow.plan import PlannedStep, plan_run
 def run_workflow(paths: RunPaths, stop: StopSignal) -> None:
     """Claim the run and run every step that is not done. Raises the MilesError of the first that fails."""
     with Claim.acquire(paths) as claim:
+        remove_abandoned(paths.root)
         config = load_resolved(paths.root)
         for planned in _pending(config, paths):
             if stop.requested:

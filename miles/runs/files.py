@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -75,6 +76,8 @@ def write_atomic(path: Path, text: str, *, mode: int = 0o644, durable: bool = Tr
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with disk_errors(path):
+        # A killed process of the same number may have left one: numbers come again, in containers soon.
+        temporary.unlink(missing_ok=True)
         try:
             write_new(temporary, text, mode=mode, durable=durable)
             temporary.replace(path)
@@ -94,6 +97,14 @@ def write_new(path: Path, text: str, *, mode: int = 0o644, durable: bool = True)
             os.fsync(file.fileno())
 
 
+def remove_abandoned(directory: Path) -> None:
+    """Remove the temporary files that killed processes left in a directory and below; fresh ones may be in use."""
+    for path in directory.rglob(".*.tmp"):
+        with contextlib.suppress(OSError):  # whoever removed it first, or a disk that keeps it: it costs nothing
+            if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
+                path.unlink()
+
+
 def sync_directory(path: Path) -> None:
     """Flush a directory, so that a rename in it survives a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -104,12 +115,13 @@ def sync_directory(path: Path) -> None:
 
 
 def append_json(path: Path, record: dict[str, Any]) -> None:
-    """Append one JSON line in a single write, cutting off a torn line that a crash left at the end."""
+    """Append one JSON line in a single write and flush it, cutting off a torn line that a crash left at the end."""
     line = json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
     with disk_errors(path), path.open("ab+") as file:
         _cut_torn_line(file.fileno())
         file.write(line.encode())
         file.flush()
+        os.fsync(file.fileno())
 
 
 def _cut_torn_line(descriptor: int, block: int = 65536) -> None:

@@ -1,12 +1,13 @@
 import errno
 import json
 import multiprocessing
+import os
 from pathlib import Path
 
 import pytest
 
 from miles.errors import RunError
-from miles.runs.files import append_json, disk_errors, read_json_lines, write_atomic, write_new
+from miles.runs.files import append_json, disk_errors, read_json_lines, remove_abandoned, write_atomic, write_new
 
 
 def test_atomic_write_replaces_whole_file_and_leaves_no_temporary(tmp_path: Path) -> None:
@@ -113,3 +114,22 @@ def test_errors_of_the_program_pass_unchanged() -> None:
     with pytest.raises(OSError, match="Bad file descriptor") as caught, disk_errors(Path("/runs/demo/state")):
         raise OSError(errno.EBADF, "Bad file descriptor")
     assert not isinstance(caught.value, RunError)
+
+
+def test_a_leftover_of_the_same_process_number_does_not_stand_in_the_way(tmp_path: Path) -> None:
+    leftover = tmp_path / f".a.json.{os.getpid()}.tmp"
+    leftover.write_text("half a fi")
+    write_atomic(tmp_path / "a.json", "{}")
+    assert (tmp_path / "a.json").read_text() == "{}"
+    assert not leftover.exists()
+
+
+def test_abandoned_temporary_files_are_removed_and_fresh_ones_left(tmp_path: Path) -> None:
+    old, fresh, other = (tmp_path / "steps" / name for name in (".done.json.7.tmp", ".done.json.8.tmp", "done.json"))
+    old.parent.mkdir()
+    for path in (old, fresh, other):
+        path.touch()
+    for path in (old, other):
+        os.utime(path, (0, 0))
+    remove_abandoned(tmp_path)
+    assert sorted(old.parent.iterdir()) == [fresh, other]
