@@ -18,6 +18,9 @@ from typing import Any, Literal
 
 from miles.errors import RunError
 
+ABANDONED_SECONDS = 600.0
+"""A temporary file exists for as long as one write takes; one this old has lost its process."""
+
 FULL_BYTES = 64 * 2**10
 """A disk with less free space counts as full: less than a line of metrics and a few blocks."""
 
