@@ -124,4 +124,4 @@ def export(
         arguments = ["--run-dir", str(paths.root), "--stage", name, "--step", str(number)]
         run_child("miles.training.export", [*arguments, "--output", str(out.absolute())], "the export")
     console.print(f"wrote {out}: '{name}' after step {number}", soft_wrap=True)
-    print_next(console, (f"miles init && $EDITOR run.toml  # model = {str(out)!r}", "use it in another run"))
+    print_next(console, ("miles init", f'write a run file, whose model = "{out}"'))
