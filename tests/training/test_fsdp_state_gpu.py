@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import reference
-import test_fsdp_state
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from test_fsdp_backend import train_section, weights
-from test_fsdp_state import go_on, same_bits, save
+from state_pairs import save
+from test_fsdp_backend import one_rank, train_section, weights
+from test_fsdp_state import MODELS, go_on, same_bits
 
 from miles.config.schema import Dtype
 from miles.training.fsdp.backend import FsdpBackend
@@ -28,9 +28,7 @@ def rank_main(rank: int, ranks: int, root: str) -> None:
     torch.cuda.set_device(rank)
     dist.init_process_group("cpu:gloo,cuda:nccl", init_method=f"file://{root}/rendezvous", rank=rank, world_size=ranks)
     results = {
-        (model, dtype): save_and_load(Path(root), model, dtype, rank, ranks)
-        for model in test_fsdp_state.MODELS
-        for dtype in DTYPES
+        (model, dtype): save_and_load(Path(root), model, dtype, rank, ranks) for model in MODELS for dtype in DTYPES
     }
     torch.save(results, f"{root}/rank{rank}.pt")
     dist.destroy_process_group()
@@ -58,13 +56,13 @@ def masters(backend: FsdpBackend) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, dict[str, bool]]]:
     root, ranks = tmp_path_factory.mktemp("fsdp-state-gpu"), torch.cuda.device_count()
-    for model in test_fsdp_state.MODELS:
+    for model in MODELS:
         reference.build_model(model, root / model)
     mp.start_processes(rank_main, (ranks, str(root)), nprocs=ranks, start_method="spawn")
     return [torch.load(root / f"rank{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 
-@pytest.mark.parametrize("model", test_fsdp_state.MODELS)
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_save_holds_the_state_of_its_moment(model: str, dtype: Dtype, results: Any) -> None:
     assert all(result[model, dtype]["loaded"] for result in results)
@@ -78,7 +76,7 @@ def test_the_next_update_has_the_same_bits(model: str, results: Any) -> None:
 
 def test_a_gpu_takes_over_the_state_of_a_cpu(tmp_path: Path) -> None:
     model_dir = reference.build_model("qwen3-moe", tmp_path / "model")
-    with test_fsdp_state.one_rank():
+    with one_rank():
         cpu = FsdpBackend(model_dir, train_section(), seed=0)
         go_on(cpu, 0, 1, 1)
         save(cpu, tmp_path / "state")
