@@ -121,11 +121,12 @@ class ReinforcementLearning:
         if self._replaying:
             self._recorder.progress(step, "replay")
             self._batch = self._ahead
+            if self._batch is not None:
+                self._values |= batch_metrics(self._batch, self._step.rollout)
         else:
             with self._watch.phase("generate"):
                 self._generate(step)
         if self._batch is not None:
-            self._values |= batch_metrics(self._batch, self._step.rollout)
             self._recorder.samples(step, self._batch.groups)
         self._look_ahead(step + 1)
         return [] if self._batch is None else self._batch.groups
@@ -257,6 +258,7 @@ class ReinforcementLearning:
                     break
         if isinstance(outcome, Collected):
             self._batch = outcome.batch
+            self._values |= outcome.metrics
 
     def _evaluated(self, step: int) -> bool:
         """Evaluate the state after `step`; False when all engines were lost meanwhile. Raises Interrupted."""
