@@ -23,8 +23,8 @@ from miles.runs.paths import RunPaths
 from tests.chaos.run import STAGE, WARMUP, remains
 
 STAGES = (WARMUP, STAGE)
-NOT_COMPARED = ("time/",)
-"""Prefixes of metrics that say how long something took."""
+NOT_COMPARED = ("time/", "rollout/generated_tokens", "rollout/resumed_tokens", "rollout/discarded_tokens")
+"""Prefixes of metrics that say what something cost: those of a step that was interrupted differ."""
 
 Tensors = dict[str, str]
 """xxh3 of each tensor's bytes by file and name."""
