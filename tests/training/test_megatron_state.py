@@ -231,13 +231,13 @@ def test_states_of_nothing_and_of_others_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "model.json"])
-@pytest.mark.parametrize("length", [0, 700, -100])
+@pytest.mark.parametrize("length", [0, 300, -100])
 def test_cut_files_are_refused(name: str, length: int, tmp_path: Path) -> None:
     with one_rank():
         backend = build(reference.build_model("qwen3", tmp_path / "model"))
         save(backend, tmp_path / "state")
         content = (tmp_path / "state" / name).read_bytes()
-        (tmp_path / "state" / name).write_bytes(content[: min(length, len(content) - 1)])
+        (tmp_path / "state" / name).write_bytes(content[:length])
         with pytest.raises(RunError, match="cannot be read"):
             backend.load_state(tmp_path / "state")
 

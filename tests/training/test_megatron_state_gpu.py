@@ -1,4 +1,4 @@
-"""The megatron trainer's state on the visible GPUs: megatron-core's modules in float32, Transformer Engine's in bfloat16.
+"""The megatron trainer's state on GPUs: megatron-core's modules in float32, Transformer Engine's in bfloat16.
 
 Fresh processes resume in the saved layout and in others. Kernels may add in any order, so that going on differs in the
 last bits even in the same layout; the loaded state itself has the same bits, which its log-probabilities show.
