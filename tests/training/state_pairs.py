@@ -20,6 +20,8 @@ from miles.training.backend import TrainerBackend, UpdateStats
 UPDATES_BEFORE = 2
 UPDATES_AFTER = 2
 WEIGHT_DECAY = 0.1
+JOBS_PER_PROCESS = 8
+"""A process group leaves threads behind that spin: after dozens of them in one process the machine does little else."""
 
 
 @dataclass(frozen=True)
@@ -157,10 +159,15 @@ def _merged(courses: list[Course]) -> dict[str, torch.Tensor]:
 def _start(name: str, jobs: list, work: Callable, ranks: list[int], root: Path) -> dict:
     """The courses of all ranks by job, from processes of their own."""
     processes = max(ranks)
-    arguments = (processes, name, jobs, work, ranks, str(root))
-    mp.start_processes(_process_main, arguments, nprocs=processes, start_method="spawn")
-    parts = [torch.load(root / f"{name}-{process}.pt", weights_only=False) for process in range(processes)]
-    return {job: [part[job] for part in parts if job in part] for job in jobs}
+    courses: dict = {}
+    for first in range(0, len(jobs), JOBS_PER_PROCESS):
+        some = slice(first, first + JOBS_PER_PROCESS)
+        label = f"{name}-{first}"
+        arguments = (processes, label, jobs[some], work, ranks[some], str(root))
+        mp.start_processes(_process_main, arguments, nprocs=processes, start_method="spawn")
+        parts = [torch.load(root / f"{label}-{process}.pt", weights_only=False) for process in range(processes)]
+        courses |= {job: [part[job] for part in parts if job in part] for job in jobs[some]}
+    return courses
 
 
 def _process_main(
