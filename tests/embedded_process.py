@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
+import http.client
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from miles.cluster.ports import choose_ports
-from miles.rollout.client import EngineClient
+from miles.runs.endpoints import Endpoint, write_endpoints
 
 TOKEN = "test-token"
 SERVER = """
@@ -34,28 +34,57 @@ class EngineProcess:
     process: subprocess.Popen[bytes]
     url: str
 
+    def kill(self) -> None:
+        """kill -9, and wait until it is gone."""
+        self.process.kill()
+        self.process.wait()
+
+    def wait_ready(self) -> None:
+        """Return when it generates."""
+        deadline = time.monotonic() + 120
+        while not self._ready():
+            assert time.monotonic() < deadline, "the engine did not start"
+            assert self.process.poll() is None, "the engine ended"
+            time.sleep(0.1)
+
+    def _ready(self) -> bool:
+        connection = http.client.HTTPConnection(self.url.removeprefix("http://"), timeout=30)
+        try:
+            connection.request("GET", "/health_generate")
+            return connection.getresponse().status == 200
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            connection.close()
+
+
+def start_engine(model: Path, port: int) -> EngineProcess:
+    """An engine that is not ready yet; kill it in the end."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "0"}
+    command = [sys.executable, "-c", SERVER, str(model), str(port), TOKEN]
+    return EngineProcess(subprocess.Popen(command, env=environment), f"http://127.0.0.1:{port}")
+
 
 @contextmanager
 def engine_processes(model: Path, count: int) -> Iterator[list[EngineProcess]]:
     """Engines that are ready; killed at the end."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "0"}
-    engines = []
+    engines: list[EngineProcess] = []
     try:
         for port in choose_ports(count, seed=os.getpid()):
-            command = [sys.executable, "-c", SERVER, str(model), str(port), TOKEN]
-            engines.append(EngineProcess(subprocess.Popen(command, env=environment), f"http://127.0.0.1:{port}"))
-        asyncio.run(_ready(engines))
+            engines.append(start_engine(model, port))
+        for engine in engines:
+            engine.wait_ready()
         yield engines
     finally:
         for engine in engines:
-            engine.process.kill()
-            engine.process.wait()
+            engine.kill()
 
 
-async def _ready(engines: list[EngineProcess]) -> None:
-    deadline = time.monotonic() + 120
-    async with EngineClient([engine.url for engine in engines], TOKEN) as client:
-        while any(problem is not None for problem in (await client.health()).values()):
-            assert time.monotonic() < deadline, "the engines did not start"
-            assert all(engine.process.poll() is None for engine in engines)
-            await asyncio.sleep(0.1)
+def list_engines(file: Path, engines: Sequence[EngineProcess], *, starts: Sequence[int] | None = None) -> None:
+    """Write the file that tells clients of these engines."""
+    numbers = starts or [1] * len(engines)
+    endpoints = [
+        Endpoint(index, engine.url, start, ready=engine.process.poll() is None)
+        for index, (engine, start) in enumerate(zip(engines, numbers, strict=True))
+    ]
+    write_endpoints(file, endpoints)
