@@ -45,7 +45,7 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 
 
 def needed_files(paths: RunPaths, stage: str) -> list[Path]:
-    """What a continuing command reads: the newest checkpoint and the journal after it; relative to the run directory."""
+    """What a continuing command reads: the newest checkpoint and the journal after it. Relative to the run."""
     newest = max(paths.checkpoints(stage).glob("step-*"))
     later = [step for step in sorted(paths.journal(stage).glob("step-*")) if step.name > newest.name]
     files = [file for directory in (newest, *later) for file in sorted(directory.rglob("*")) if file.is_file()]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from miles.runs.metrics import read_metrics
 from miles.runs.progress import read_progress
-from tests.chaos.run import STAGE, STUCK_SECONDS, Submit, kill, log_tails, processes
+from tests.chaos.run import STAGE, STUCK_SECONDS, Submit, kill, last_step, log_tails, processes
 from tests.chaos.shim import Shim
 
 
@@ -96,17 +96,30 @@ class Life:
         return self.kills[-1].kind if self.kills and self.exit_code != 0 else None
 
 
+@dataclass(frozen=True, slots=True)
+class Blow:
+    """What is going to happen, and when."""
+
+    kind: Kind
+    live: bool
+    """The moment is counted from the next new line of reinforcement-learning metrics, else from the start or the blow
+    before."""
+    delay: float
+    """Seconds."""
+
+
 class Plan:
-    """A seeded endless sequence of blows: what, and how many seconds after the one before or the start."""
+    """A seeded endless sequence of blows. Two thirds of them fall while new steps are made, the others anywhere."""
 
     def __init__(self, seed: int, horizon: float, weights: dict[Kind, int] | None = None) -> None:
         self._random = random.Random(seed)
         self._horizon = horizon
         self._weights = weights or WEIGHTS
 
-    def next(self) -> tuple[Kind, float]:
+    def next(self) -> Blow:
         kind = self._random.choices(list(self._weights), list(self._weights.values()))[0]
-        return kind, self._random.uniform(0.0, self._horizon)
+        live = self._random.random() < 2 / 3
+        return Blow(kind, live, self._random.uniform(0.0, self._horizon / 4 if live else self._horizon))
 
     def writes_ahead(self) -> int:
         """Which of the next writes a blow at a write falls on, counted from 1."""
@@ -136,9 +149,11 @@ def live(file: Path, plan: Plan, *, shim: Shim, max_kills: int) -> Life:
     life = Life(submit.started)
     try:
         for _ in range(max_kills):
-            kind, delay = plan.next()
-            _watch(submit, life, until=time.time() + delay)
-            if not _strike(submit, life, kind, plan, shim) or kind not in ROLE:
+            blow = plan.next()
+            if blow.live:
+                _wait_for_new_step(submit, life)
+            _watch(submit, life, until=time.time() + blow.delay)
+            if not _strike(submit, life, blow.kind, plan, shim) or blow.kind not in ROLE:
                 break
         _watch(submit, life, until=submit.started + STUCK_SECONDS)
         if submit.running():
@@ -189,6 +204,12 @@ def _record(submit: Submit, life: Life, kind: Kind, victim: str) -> None:
     life.kills.append(Kill(kind, time.time() - submit.started, *where, victim))
 
 
+def _wait_for_new_step(submit: Submit, life: Life) -> None:
+    before = last_step(submit.paths)
+    while submit.running() and last_step(submit.paths) == before and time.time() < submit.started + STUCK_SECONDS:
+        _watch(submit, life, until=time.time() + 0.05)
+
+
 def _watch(submit: Submit, life: Life, *, until: float) -> None:
     """Wait, and see the first new file of the journal."""
     journal = submit.paths.journal(STAGE)
@@ -202,7 +223,8 @@ def _watch(submit: Submit, life: Life, *, until: float) -> None:
 
 
 def _first_step(submit: Submit, life: Life) -> float | None:
-    times = [line.time for line in read_metrics(submit.paths) if line.stage == STAGE and line.time > life.started]
+    lines = [line for line in read_metrics(submit.paths) if line.stage == STAGE and line.step > 0]
+    times = [line.time for line in lines if line.time > life.started]
     return min(times) - life.started if times else None
 
 

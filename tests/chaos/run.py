@@ -27,7 +27,7 @@ from miles.runs.paths import RunPaths
 REPOSITORY = Path(__file__).parents[2]
 STAGE = "grpo"
 WARMUP = "warmup"
-STUCK_SECONDS = 300.0
+STUCK_SECONDS = 900.0
 """A submit that takes longer hangs: many times what a whole run takes on two busy cores."""
 
 GRADER = '''"""A reward that an untrained model gets half of the time: there are gradients, and groups to drop."""

@@ -6,7 +6,6 @@ whole of it, in processes of their own, is `tests.chaos.run`.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import shutil
 import time
@@ -14,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from miles.cluster.cpu import rank_environment
+from miles.cluster.health import answers
 from miles.cluster.ports import LOOPBACK, choose_ports
 from miles.config.load import load_resolved, load_run
-from miles.rollout.client import EngineClient
 from miles.runs.directory import create_run
 from miles.runs.endpoints import ENGINES_VARIABLE, Endpoint, write_endpoints
 from miles.runs.failures import FAILURE_VARIABLE, read_failure
@@ -94,22 +93,15 @@ class Stage:
         arguments = [*self._arguments, "--index", "0", "--port", str(port)]
         log = self.work / f"engine-{self.attempt}.log"
         engine = self.nursery.start("miles.engines.serve", arguments, {}, log)
-        url = f"http://{LOOPBACK}:{port}"
         token = self.paths.engine_token.read_text().strip()
         deadline = time.monotonic() + START_SECONDS
-        while asyncio.run(_problem(url, token)) is not None:
+        while not answers(port, token, "/health"):
             if time.monotonic() > deadline:
                 self.nursery.end(engine)
                 raise TimeoutError(f"the engine does not answer\n{log.read_text()}")
             time.sleep(0.05)
-        write_endpoints(self._engines, [Endpoint(0, url, start=1, ready=True)])
+        write_endpoints(self._engines, [Endpoint(0, f"http://{LOOPBACK}:{port}", start=1, ready=True)])
         return engine
-
-
-async def _problem(url: str, token: str) -> str | None:
-    """Why the engine does not answer; None when it does."""
-    async with EngineClient([url], token) as client:
-        return (await client.health())[url]
 
 
 def prepare(case: Case, directory: Path, *, until: str, nursery: Nursery) -> RunPaths:

@@ -1,11 +1,12 @@
 """A run that is killed again and again ends with the same bits as one that is not. More of it: `make chaos`."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.chaos.audit import audit
-from tests.chaos.kills import Kind, Life, Plan, torment
+from tests.chaos.audit import audit, draw_findings, read_journal
+from tests.chaos.kills import Blow, Kind, Life, Plan, torment
 from tests.chaos.run import Case, finish, paths_of
 from tests.chaos.shim import Shim
 
@@ -13,14 +14,14 @@ CASE = Case("megatron", partial=True, steps=8, checkpoint_every=2)
 
 
 class Listed(Plan):
-    """These blows in this order; the moments are random."""
+    """Blows of these kinds in this order; the moments are random."""
 
     def __init__(self, kinds: list[Kind], seed: int, horizon: float) -> None:
         super().__init__(seed, horizon)
         self._kinds = iter(kinds)
 
-    def next(self) -> tuple[Kind, float]:
-        return next(self._kinds), super().next()[1]
+    def next(self) -> Blow:
+        return replace(super().next(), kind=next(self._kinds), live=True)
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +47,6 @@ def _blows(lives: list[Life]) -> list[Kind]:
 
 
 def test_audit_sees_a_lost_draw_and_one_used_twice(undisturbed: tuple[Path, float]) -> None:
-    from dataclasses import replace
-
-    from tests.chaos.audit import draw_findings, read_journal
-
     batches = read_journal(paths_of(undisturbed[0]))
     assert draw_findings(batches) == []
     last = batches[max(batches)]
