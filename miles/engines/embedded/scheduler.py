@@ -62,6 +62,8 @@ class Scheduler:
         """Between `/begin_weight_update` and `/end_weight_update`."""
         self.released: set[str] = set()
         """Tags of memory that was given back."""
+        self.drawn = 0
+        """Tokens since the start, of whatever became of their requests."""
         self._tokenizer = tokenizer
         self._eos = frozenset(eos)
         self._waiting: deque[Request] = deque()
@@ -213,6 +215,7 @@ class Scheduler:
                 rows.append(row - 1)
         if not due:
             return
+        self.drawn += len(due)
         drawn = draw(result.logits[rows], [r.params for r in due], [r.total for r in due])
         for request, token, log_prob in zip(due, drawn.tokens, drawn.log_probs, strict=True):
             request.append(token, log_prob, self.version)

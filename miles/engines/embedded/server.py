@@ -111,8 +111,9 @@ class Server:
         return await self._generator.respond(request, await request.json())
 
     async def server_info(self, request: Request) -> Response:
-        running, waiting = await self._run(lambda scheduler: scheduler.counts)
-        state = {"num_running_reqs": running, "num_waiting_reqs": waiting, "paused": self._gate.paused}
+        running, waiting, drawn = await self._run(lambda scheduler: (*scheduler.counts, scheduler.drawn))
+        state = {"num_running_reqs": running, "num_waiting_reqs": waiting, "num_drawn_tokens": drawn}
+        state["paused"] = self._gate.paused
         return JSONResponse({**self._info, "version": miles.__version__, "internal_states": [state]})
 
     async def model_info(self, request: Request) -> Response:
