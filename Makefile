@@ -6,6 +6,9 @@ VENV ?= .venv
 # Package index for torch alone, for example the CPU wheels (docs/install.md). Empty: pip's own configuration.
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
+# How often `make chaos` kills, and what it kills: megatron or fsdp.
+KILLS ?= 20
+BACKEND ?= megatron
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -15,7 +18,7 @@ TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 SHELL_FILES = .ci/run $(shell git ls-files '*.sh')
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart install test lint format bench docs clean
+.PHONY: help quickstart install test lint format bench chaos writes damage docs clean
 
 help: ## List these commands
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -43,6 +46,17 @@ bench: $(INSTALLED_DEV) ## Run the benchmarks on this machine (minutes); benchma
 	$(BIN)/python benchmarks/engine_ragged.py
 	$(BIN)/python benchmarks/agreement.py --backend megatron
 	$(BIN)/python benchmarks/agreement.py --backend fsdp
+
+chaos: $(INSTALLED_DEV) ## Kill runs KILLS=n times; they must end with the same bits (docs/proofs.md)
+	$(BIN)/python benchmarks/chaos.py --backend $(BACKEND) --kills $(KILLS)
+	$(BIN)/python benchmarks/chaos.py --backend $(BACKEND) --kills $(KILLS) --partial
+
+writes: $(INSTALLED_DEV) ## Kill a stage at each of its writes in turn (an hour)
+	$(BIN)/python benchmarks/kill_at_every_write.py --backend $(BACKEND) --stage warmup
+	$(BIN)/python benchmarks/kill_at_every_write.py --backend $(BACKEND) --stage grpo
+
+damage: $(INSTALLED_DEV) ## Damage each file of a run's state; refuse its writes
+	$(BIN)/python benchmarks/damage.py --backend $(BACKEND)
 
 docs: $(INSTALLED_DEV) ## Regenerate the pages that are made from the code
 	$(BIN)/python -c 'from miles.config.explain import reference_markdown as page; print(page(), end="")' > $(VENV)/page

@@ -152,10 +152,10 @@ def live(file: Path, plan: Plan, *, shim: Shim, max_kills: int) -> Life:
             blow = plan.next()
             if blow.live:
                 _wait_for_new_step(submit, life)
-            _watch(submit, life, until=time.time() + blow.delay)
+            watch(submit, life, until=time.time() + blow.delay)
             if not _strike(submit, life, blow.kind, plan, shim) or blow.kind not in ROLE:
                 break
-        _watch(submit, life, until=submit.started + STUCK_SECONDS)
+        watch(submit, life, until=submit.started + STUCK_SECONDS)
         if submit.running():
             raise TimeoutError(f"the run hangs\n{submit.output()}\n{log_tails(submit.paths)}")
     except BaseException:
@@ -183,14 +183,14 @@ def _strike(submit: Submit, life: Life, kind: Kind, plan: Plan, shim: Shim) -> b
                 for pid in everybody:
                     kill(pid, SIGNALS.get(kind, signal.SIGKILL))
                 return True
-        _watch(submit, life, until=time.time() + 0.02)
+        watch(submit, life, until=time.time() + 0.02)
     return False
 
 
 def _strike_write(submit: Submit, life: Life, shim: Shim, number: int) -> bool:
     shim.arm(number)
     while submit.running() and shim.count() < number:
-        _watch(submit, life, until=time.time() + 0.02)
+        watch(submit, life, until=time.time() + 0.02)
     changes = shim.changes()
     if len(changes) < number:
         return False
@@ -207,10 +207,10 @@ def _record(submit: Submit, life: Life, kind: Kind, victim: str) -> None:
 def _wait_for_new_step(submit: Submit, life: Life) -> None:
     before = last_step(submit.paths)
     while submit.running() and last_step(submit.paths) == before and time.time() < submit.started + STUCK_SECONDS:
-        _watch(submit, life, until=time.time() + 0.05)
+        watch(submit, life, until=time.time() + 0.05)
 
 
-def _watch(submit: Submit, life: Life, *, until: float) -> None:
+def watch(submit: Submit, life: Life, *, until: float) -> None:
     """Wait, and see the first new file of the journal."""
     journal = submit.paths.journal(STAGE)
     while submit.running() and time.time() < until:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from miles.runs.paths import RunPaths
 from tests.chaos.audit import checkpoint_findings, journal_findings, metric_findings, weight_findings
 from tests.chaos.nursery import Nursery
 from tests.chaos.run import STAGE, Case
-from tests.chaos.shim import KILL, Change, Shim
+from tests.chaos.shim import KILL, Shim
 from tests.chaos.stages import Stage, copy_run, prepare
 
 
@@ -49,11 +49,10 @@ class Rehearsal:
         """What the last run said: the error that ended it, and its log."""
         return self._stage.message()
 
-    def midway(self, where: Callable[[Change], bool]) -> RunPaths:
-        """The run when the stage is killed at its first change of which `where` is true."""
-        first = next(change.number for change in self.changes if where(change))
+    def midway(self, part: str) -> RunPaths:
+        """The run when the stage is killed in place of its first change to a path that contains `part`."""
         self.begin(self.before)
-        self.shim.arm(first, action=KILL)
+        self.shim.arm(1, action=KILL, part=part)
         code = self.run()
         assert code == -9, f"exit code {code}\n{self.message()}"
         self.shim.arm()

@@ -53,11 +53,12 @@ engines = {engines}
 
 [checkpoint]
 every = {checkpoint_every}
+asynchronous = {asynchronous}
 
 [steps.prepare]
 kind = "tiny-task"
 architecture = "qwen3-moe"
-hidden_size = 64
+hidden_size = {hidden_size}
 train_prompts = 40      # the epochs change in the middle of the run
 heldout_prompts = 8
 
@@ -120,6 +121,8 @@ class Case:
     checkpoint_every: int = 3
     eval_every: int = 5
     flush_seconds: float = 0.5
+    hidden_size: int = 64
+    asynchronous: bool = True
 
     def __str__(self) -> str:
         extras = [f"{self.ranks} ranks"] * (self.ranks > 1) + [f"{self.engines} engines"] * (self.engines > 1)
@@ -139,6 +142,8 @@ class Case:
             eval_every=self.eval_every,
             steps=self.steps,
             flush_seconds=self.flush_seconds,
+            hidden_size=self.hidden_size,
+            asynchronous=str(self.asynchronous).lower(),
         )
         file = directory / "run.toml"
         file.write_text(text)

@@ -1,0 +1,83 @@
+"""A stage killed at each of its writes: python benchmarks/kill_at_every_write.py [--backend fsdp] [--stage grpo]
+
+A stage of a small run (tests/chaos) is begun, killed in place of its N-th change to a file of the run directory, done
+again and compared with the undisturbed one; N goes from 1 to the number of changes. Of a write, also half is written.
+A library between the program and the C library counts and kills (tests/chaos/disk_shim.c): opens that create or cut,
+writes, flushes, renames, links, removals. Changes of the supervised stage `warmup` are those of checkpoints, metrics,
+progress and the model; reinforcement learning, `grpo`, adds the journal.
+
+Of many writes to one file in a row, the first, a half of the middle one and the last are taken; `--every` takes all.
+Writes benchmarks/results/kill-at-every-write-BACKEND-STAGE.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from agreement import machine  # noqa: E402
+
+from tests.chaos.rehearsal import Rehearsal, rehearse  # noqa: E402
+from tests.chaos.run import STAGE, WARMUP, Case  # noqa: E402
+from tests.chaos.sweep import Death, deaths, die_at  # noqa: E402
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backend", choices=["megatron", "fsdp"], default="megatron")
+    parser.add_argument("--stage", choices=[WARMUP, STAGE], default=STAGE)
+    parser.add_argument("--every", action="store_true", help="also each of many writes to one file in a row")
+    parser.add_argument("--sample", type=int, help="only that many, spread over all")
+    arguments = parser.parse_args()
+    output = ROOT / "benchmarks" / "results" / f"kill-at-every-write-{arguments.backend}-{arguments.stage}.json"
+    case = Case(arguments.backend, partial=True, steps=4, checkpoint_every=2, eval_every=2, flush_seconds=0.05)
+    with tempfile.TemporaryDirectory() as directory, rehearse(case, arguments.stage, Path(directory)) as stage:
+        died = sweep(stage, every=arguments.every, sample=arguments.sample)
+        output.write_text(json.dumps(document(stage, str(case), arguments.stage, died), indent=1) + "\n")
+    print(f"written to {output}")
+    sys.exit(any(death.findings for death in died))
+
+
+def sweep(stage: Rehearsal, *, every: bool, sample: int | None) -> list[Death]:
+    """One death after another."""
+    chosen = deaths(stage.changes, every=every)
+    if sample is not None:
+        chosen = chosen[:: max(1, len(chosen) // sample)]
+    died = []
+    for number, (change, torn) in enumerate(chosen, start=1):
+        died.append(die_at(stage, change, torn=torn))
+        where = f"{died[-1].change}{', half' if torn else ''}"
+        print(f"{number} of {len(chosen)}: {change.number} {where}: {len(died[-1].findings)} findings", flush=True)
+        for finding in died[-1].findings:
+            print(f"  {finding}", flush=True)
+    return died
+
+
+def document(stage: Rehearsal, case: str, name: str, died: list[Death]) -> dict[str, Any]:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return {
+        "machine": machine(),
+        "commit": commit.stdout.strip(),
+        "case": case,
+        "stage": name,
+        "changes": len(stage.changes),
+        "changes_by_name": dict(Counter(change.name for change in stage.changes)),
+        "deaths": len(died),
+        "deaths_in_the_middle_of_a_write": sum(death.torn for death in died),
+        "same_result": sum(not death.findings for death in died),
+        "records": [asdict(death) for death in died],
+    }
+
+
+if __name__ == "__main__":
+    main()
