@@ -98,14 +98,14 @@ class EngineList:
 
     def needs_weights(self) -> bool:
         """Whether an engine has come up that does not hold what was pushed last."""
-        return self._receive_weights and any(not self._holds(engine, self.version) for engine in self.ready)
+        return self._receive_weights and bool(self._without(self.version))
 
     def receivers(self, version: int) -> list[int]:
         """Indices of the engines that are up and do not hold weights of `version`. Until the next call, `receiver`
         finds exactly these starts of them.
         """
         self.refresh(now=True)
-        self._receivers = {e.endpoint.index: e for e in self.ready if not self._holds(e, version)}
+        self._receivers = {engine.endpoint.index: engine for engine in self._without(version)}
         return sorted(self._receivers)
 
     def receiver(self, index: int) -> Engine | None:
@@ -124,6 +124,11 @@ class EngineList:
             engine = self.receiver(index)
             if engine is not None:
                 engine.weights = version
+
+    def _without(self, version: int | None) -> list[Engine]:
+        """Engines that are up and do not hold `version`. One that has just not answered is no use trying."""
+        now = time.monotonic()
+        return [engine for engine in self.ready if engine.paused_until <= now and not self._holds(engine, version)]
 
     def _holds(self, engine: Engine, version: int | None) -> bool:
         return version is not None and engine.weights == version and not engine.asleep

@@ -6,12 +6,11 @@ Owns when a step is flushed; what a flush writes belongs to `miles.runs.journal`
 from __future__ import annotations
 
 import asyncio
-import copy
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 
 from miles.data.sample import Group
+from miles.rollout.responses import snapshot
 from miles.runs.journal import Batch, Dropped, Journal
 
 
@@ -51,9 +50,5 @@ class Flusher:
     def _begin(self, step: int, groups: Iterable[Group], dropped: Sequence[Dropped]) -> None:
         self._due = time.monotonic() + self._seconds
         # Lists are never changed in place (`miles.rollout.responses`): shallow copies stay as they are.
-        begun = [_snapshot(group) for group in groups if any(sample.response_tokens for sample in group.samples)]
+        begun = [snapshot(group) for group in groups if any(sample.response_tokens for sample in group.samples)]
         self._writing = asyncio.create_task(asyncio.to_thread(self._journal.flush, step, begun, list(dropped)))
-
-
-def _snapshot(group: Group) -> Group:
-    return replace(group, samples=[copy.copy(sample) for sample in group.samples])

@@ -19,7 +19,7 @@ from miles.rollout.closing import Decision, Progress, Rules, Undetermined, decid
 from miles.rollout.draws import Source
 from miles.rollout.flight import Flight
 from miles.rollout.flusher import Flusher
-from miles.rollout.responses import cut_off, new_tokens, progress_of
+from miles.rollout.responses import cut_off, new_tokens, progress_of, snapshot
 from miles.rollout.statistics import batch_metrics
 from miles.runs.journal import Batch, Dropped, OpenStep
 
@@ -98,7 +98,8 @@ class StepCollection:
             filter_equal=section.filter == "zero-variance",
             max_filtered=int(section.max_filtered * section.prompts_per_step),
         )
-        self._groups = {group.position: group for group in frontier.carried}
+        # The batch of the step before belongs to whoever has it.
+        self._groups = {group.position: snapshot(group) for group in frontier.carried}
         self._progress: dict[int, Progress] = {}
         self._quarantined: dict[int, Dropped] = {}
         self._closing = False

@@ -6,6 +6,7 @@ belongs to `miles.rollout.flight`.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -21,6 +22,11 @@ def new_group(prompt: Prompt, *, run_seed: int, size: int, position: int, epoch:
     seeds = (sample_seed(run_seed, prompt.id, index, epoch) for index in range(size))
     samples = [Sample(prompt, index, seed) for index, seed in enumerate(seeds)]
     return Group(prompt, samples, position, epoch, born)
+
+
+def snapshot(group: Group) -> Group:
+    """The group as it is now, whatever becomes of its samples."""
+    return replace(group, samples=[copy.copy(sample) for sample in group.samples])
 
 
 def extend(sample: Sample, generation: Generation, text: ResponseText, max_tokens: int) -> None:

@@ -91,3 +91,16 @@ def test_there_are_no_engines_before_there_is_a_file(tmp_path):
     write(tmp_path / "engines.json", 1)
     engines.refresh()
     assert engines.all_ready
+
+
+def test_an_engine_that_does_not_answer_is_given_no_weights_for_a_while(file, monkeypatch):
+    monkeypatch.setattr(module, "FIRST_PAUSE_SECONDS", 1.0)
+    engines = EngineList(file, receive_weights=True)
+    assert engines.receivers(0) == [0, 1]
+    engines.receiver(1).unreachable()
+    engines.pushed(0, [0])
+    assert not engines.needs_weights()
+    assert engines.receivers(0) == []
+    engines.ready[1].paused_until = 0.0
+    assert engines.needs_weights()
+    assert engines.receivers(0) == [1]

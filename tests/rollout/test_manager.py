@@ -45,7 +45,9 @@ async def launch(tmp_path, start_engines):
 
 
 async def steps_of(run: Run, count: int = 3) -> list[dict]:
-    return [plain((await run.step(step)).batch) for step in range(1, count + 1)]
+    batches = [(await run.step(step)).batch for step in range(1, count + 1)]
+    assert [plain(run.journal.read_batch(batch.step)) for batch in batches] == [plain(batch) for batch in batches]
+    return [plain(batch) for batch in batches]
 
 
 async def test_three_partial_steps_do_not_depend_on_engines_chunks_and_concurrency(launch):

@@ -14,7 +14,9 @@ from miles.config.schema import TinyTaskStep
 from miles.engines.embedded.weights import CheckpointWeights
 from miles.errors import EngineError
 from miles.models.tiny import build_tiny_task
-from miles.rollout.client import EngineClient, SamplingParams
+from miles.rollout.client import Continuation, EngineClient, SamplingParams
+from miles.rollout.engines import Engine
+from miles.runs.endpoints import Endpoint
 from miles.sync.push import WeightSync
 
 PROMPT = [5, 40, 41, 42, 43, 2]
@@ -50,22 +52,28 @@ def trained(model_dir):
 def calls(urls):
     """`post` of a client, and the client's generate, on one event loop."""
     with asyncio.Runner() as runner:
-        client = EngineClient(urls, TOKEN)
-        yield Calls(runner, client)
+        client = EngineClient(TOKEN)
+        yield Calls(runner, client, [Engine(Endpoint(i, url, start=1, ready=True)) for i, url in enumerate(urls)])
         runner.run(client.close())
 
 
 class Calls:
-    def __init__(self, runner, client):
-        self.runner, self.client, self.paths = runner, client, []
+    def __init__(self, runner, client, engines):
+        self.runner, self.client, self.engines, self.paths = runner, client, engines, []
 
-    def post(self, path, bodies):
+    def post(self, path, bodies, engines):
         self.paths.append(path)
-        return self.runner.run(self.client.post_each(path, bodies))
+
+        async def post_all():
+            calls = (self.client.post(self.engines[i], path, body) for i, body in zip(engines, bodies, strict=True))
+            return await asyncio.gather(*calls)
+
+        return self.runner.run(post_all())
 
     def generate(self):
         params = SamplingParams(temperature=0.7, max_new_tokens=12)
-        return self.runner.run(self.client.generate(PROMPT, list(range(8)), params))
+        responses = [Continuation(PROMPT, seed, 12) for seed in range(8)]
+        return self.runner.run(self.client.generate(self.engines[1], responses, params))
 
 
 def sync_of(post, dtype=torch.float32):
@@ -77,7 +85,7 @@ def named_weights(model):
 
 
 def test_pushed_weights_are_held_bit_for_bit_and_used(trained, calls):
-    stats = sync_of(calls.post).push(named_weights(trained), version=7)
+    stats = sync_of(calls.post).push(named_weights(trained), version=7, engines=[0, 1])
     assert stats.bytes == sum(parameter.nbytes for parameter in trained.parameters())
     assert calls.paths.count("/update_weights_from_tensor") >= math.floor(stats.bytes / BUCKET_BYTES)
     assert calls.paths[-1] == "/weights_checker"
@@ -90,19 +98,19 @@ def test_pushed_weights_are_held_bit_for_bit_and_used(trained, calls):
 
 
 def test_a_bucket_that_does_not_arrive_is_noticed(trained, calls):
-    def lose_the_second(path, bodies):
+    def lose_the_second(path, bodies, engines):
         if path == "/update_weights_from_tensor" and calls.paths.count(path) == 1:
             calls.paths.append(path)
             return [{"success": True}] * len(bodies)
-        return calls.post(path, bodies)
+        return calls.post(path, bodies, engines)
 
     with torch.no_grad():
         for parameter in trained.parameters():
             parameter.mul_(1.5)
     with pytest.raises(EngineError, match=r"holds other weights than the trainer sent: [1-9]"):
-        sync_of(lose_the_second).push(named_weights(trained), version=8)
+        sync_of(lose_the_second).push(named_weights(trained), version=8, engines=[0, 1])
 
 
 def test_a_name_that_the_engine_does_not_have_is_refused(calls):
     with pytest.raises(EngineError, match=r"model.layers.9.mlp.weight"):
-        sync_of(calls.post).push([("model.layers.9.mlp.weight", torch.zeros(4))], version=9)
+        sync_of(calls.post).push([("model.layers.9.mlp.weight", torch.zeros(4))], version=9, engines=[0, 1])
