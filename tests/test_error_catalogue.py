@@ -9,6 +9,7 @@ Through the command line, as a user would, except where a comment says which dee
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -17,6 +18,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +37,7 @@ from miles.runs.attempts import EndReason, read_attempts
 from miles.runs.claim import Claim
 from miles.runs.directory import create_run
 from miles.runs.failures import FAILURE_VARIABLE, read_failure
+from miles.runs.metrics import read_metrics
 from miles.runs.paths import RunPaths
 from tests.cluster.helpers import recorded_processes, wait_for
 from tests.config.conftest import make_model
@@ -210,6 +213,12 @@ def test_run_directory_that_does_not_allow_it(tmp_path: Path, small_disk: Callab
         "A line of the run's ledger is damaged": ("status", "torn"),
         "There is no such run": ("status", "demi"),
         "There is nothing to stop": ("stop", "demo"),
+        "There is nothing to save": ("save", "demo"),
+        "There is nothing to go back to": ("resume", "demo", "--from", "3"),
+        "There is nothing to export": ("export", "demo", "out"),
+        "The stage to begin again is none": ("resume", "demo", "--restart", "prepare"),
+        "The step to go back to is none": ("export", "demo", "out", "--from", "last"),
+        "A run is forked into one that exists": ("fork", "demo", "held"),
     }
     assert commands.keys() == DIRECTORY.keys()
     files = sorted(tmp_path.rglob("*"))
@@ -314,17 +323,16 @@ data = "pairs.jsonl"
 [steps.warmup]
 kind = "sft"
 train = {{backend = "fsdp", dtype = "float32", steps = 60, batch_size = 64}}
+checkpoint.every = 100
 local.threads = 1
 """)
     paths = RunPaths(disk / "runs/demo")
 
     def interrupted(act: Callable[[subprocess.Popen[str]], object]) -> Ended:
         """Submit, and act when the first steps are done."""
-        before = len(read_attempts(paths))
+        began = time.time()
         running = start(*SUBMIT, directory=tmp_path)
-        wait_for(lambda: len(read_attempts(paths)) > before, "an attempt")
-        wait_for(paths.metrics.exists, "metrics", seconds=120)
-        wait_for(lambda: paths.metrics.read_text().count("\n") > 0, "metrics", seconds=120)
+        wait_for(lambda: any(line.time > began for line in read_metrics(paths)), "metrics", seconds=240)
         act(running)
         return ended(running)
 
@@ -333,8 +341,9 @@ local.threads = 1
     assert_recorded(paths, "warmup", EndReason.TRAINER_CRASH, done)
 
     def fill(running: subprocess.Popen[str]) -> None:
-        with (disk / "filler").open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(disk).free)
+        with (disk / "filler").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(2**20))
 
     done = interrupted(fill)
     assert_ended_with(done, RUNNING["The disk becomes full"], tmp_path)
@@ -344,6 +353,13 @@ local.threads = 1
     done = interrupted(lambda running: running.send_signal(signal.SIGINT))
     assert_ended_with(done, RUNNING["The run is stopped"], tmp_path)
     assert_recorded(paths, "warmup", EndReason.STOPPED, done)
+
+    pairs = tmp_path / "pairs.jsonl"
+    before = pairs.stat()
+    pairs.touch()
+    done = miles(*SUBMIT, directory=tmp_path)
+    assert_ended_with(done, RUNNING["A file that the trained steps were made with has changed"], tmp_path)
+    os.utime(pairs, ns=(before.st_atime_ns, before.st_mtime_ns))
 
     done = miles(*SUBMIT, directory=tmp_path)
     assert done.code == 0, done.errors

@@ -74,6 +74,30 @@ DIRECTORY = {
     "There is nothing to stop": Situation(
         RunError, "run 'demo' is not running", "`miles status demo` shows where it stands"
     ),
+    "There is nothing to save": Situation(
+        RunError,
+        "run 'demo' is not running: there is nothing to save that is not on disk",
+        "`miles checkpoints demo` shows what it has",
+    ),
+    "There is nothing to go back to": Situation(
+        RunError,
+        "run 'demo' has no trained step to go on from",
+        "`miles resume demo` without --from starts what is to do",
+    ),
+    "There is nothing to export": Situation(
+        RunError,
+        "run 'demo' has no checkpoints",
+        "`miles save demo` makes one while a step of kind sft or rl runs",
+    ),
+    "The stage to begin again is none": Situation(
+        RunError, "run 'demo' has no stage 'prepare'.", "it has no step of kind sft or rl"
+    ),
+    "The step to go back to is none": Situation(
+        ConfigError, "--from last: neither a step nor 'start'", "for example --from step-000040"
+    ),
+    "A run is forked into one that exists": Situation(
+        RunError, "there is a run 'held' already: DIR/runs/held", "give the new run another name"
+    ),
 }
 """Nothing is started or written."""
 
@@ -108,7 +132,13 @@ RUNNING = {
         "free some space there; the same command continues the run",
     ),
     "The run is stopped": Situation(
-        Interrupted, "step 'warmup' was stopped", "`miles submit <run directory>/run.toml --local` continues the run"
+        Interrupted, "<where it was stopped>", "the same command continues after step <number>"
+    ),
+    "A file that the trained steps were made with has changed": Situation(
+        RunError,
+        "step 'warmup' has <number> training steps that were made with other inputs: file DIR/pairs.jsonl changed",
+        "undo that, or `miles fork demo NEW` to go on with it in another run, or `miles resume demo --restart warmup` "
+        "to set those steps aside and begin again",
     ),
     "An engine's port is taken": Situation(
         EngineError,
