@@ -56,9 +56,9 @@ class EngineList:
     """The engines of a file that the supervisor keeps up to date."""
 
     def __init__(self, file: Path, *, receive_weights: bool) -> None:
-        """`receive_weights`: an engine serves only once it holds what was pushed last; otherwise at once."""
+        """`receive_weights`: an engine serves only once it was given the current weights; otherwise at once."""
         self.version: int | None = None
-        """Version of the weights that were pushed last."""
+        """Version of the weights that an engine must hold to serve."""
         self._file = file
         self._receive_weights = receive_weights
         self._engines: dict[int, Engine] = {}
@@ -76,8 +76,10 @@ class EngineList:
 
     @property
     def all_ready(self) -> bool:
-        """Whether there are engines, and each has answered."""
-        return bool(self._engines) and all(engine.endpoint.ready for engine in self._engines.values())
+        """Whether there are engines, and each has answered, also when it was last asked."""
+        now = time.monotonic()
+        engines = self._engines.values()
+        return bool(engines) and all(engine.endpoint.ready and engine.paused_until <= now for engine in engines)
 
     @property
     def ready(self) -> list[Engine]:
@@ -97,14 +99,15 @@ class EngineList:
         return min(able, key=lambda engine: (engine in avoid, engine.load, engine.endpoint.index), default=None)
 
     def needs_weights(self) -> bool:
-        """Whether an engine has come up that does not hold what was pushed last."""
+        """Whether an engine has come up that does not hold the current weights."""
         return self._receive_weights and bool(self._without(self.version))
 
     def receivers(self, version: int) -> list[int]:
-        """Indices of the engines that are up and do not hold weights of `version`. Until the next call, `receiver`
-        finds exactly these starts of them.
+        """Indices of the engines that are up and do not hold weights of `version`, which serve from now on only with
+        them. Until the next call, `receiver` finds exactly these starts.
         """
         self.refresh(now=True)
+        self.version = version
         self._receivers = {engine.endpoint.index: engine for engine in self._without(version)}
         return sorted(self._receivers)
 
@@ -118,8 +121,8 @@ class EngineList:
         return self._engines.get(engine.endpoint.index) is engine
 
     def pushed(self, version: int, indices: Sequence[int]) -> None:
-        """`version` was pushed into these engines; any other engine that does not hold it is out of service."""
-        self.version = version
+        """`version`, which `receivers` was asked for, was pushed into these engines."""
+        assert version == self.version, f"weights of version {version} instead of {self.version}"
         for index in indices:
             engine = self.receiver(index)
             if engine is not None:

@@ -123,7 +123,7 @@ class RolloutSession:
         return self._run(call)
 
     def wait_ready(self) -> None:
-        """Wait until every engine of the file has answered. Raises Interrupted on a stop."""
+        """Wait until every engine of the file answers. Raises Interrupted on a stop."""
 
         async def wait() -> None:
             while not self._engines.all_ready:
@@ -136,8 +136,8 @@ class RolloutSession:
         self._run(wait())
 
     def stale_engines(self, version: int) -> list[int]:
-        """Engines that are up and do not hold weights of `version`. `post` and `weights_pushed` mean these starts of
-        them until the next call.
+        """Engines that are up and do not hold weights of `version`; they serve from now on only with them. `post` and
+        `weights_pushed` mean these starts of them until the next call.
         """
         return self._engines.receivers(version)
 
@@ -157,7 +157,7 @@ class RolloutSession:
         return self._run(post_all())
 
     def weights_pushed(self, version: int, engines: Sequence[int]) -> None:
-        """These engines hold `version` now. Only engines that hold it serve from now on."""
+        """These engines hold `version` now, which `stale_engines` was asked for."""
         self._engines.pushed(version, engines)
 
     def sleep(self) -> None:

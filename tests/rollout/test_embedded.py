@@ -245,7 +245,7 @@ def test_an_engine_killed_in_the_middle_is_replaced(tmp_path, attempt, expected,
             assert run.step(2, kill) == expected[1]
             assert run.pushes == 3
             with pytest.raises(EngineLost, match="no engine with current weights"):
-                run.session.weights_pushed(2, [])
+                assert run.session.stale_engines(2) == [0]
                 run.session.evaluate(lambda done, total: None)
             assert run.step(3) == expected[2]
             started[1].kill()

@@ -31,6 +31,7 @@ def test_engines_serve_only_with_the_newest_weights(file):
     assert len(engines.in_service) == 2
     assert not engines.needs_weights()
     assert engines.receivers(1) == [0, 1]
+    assert engines.in_service == [], "the weights of before are not current any more"
     engines.pushed(1, [1])
     assert [engine.endpoint.index for engine in engines.in_service] == [1]
 
@@ -100,6 +101,7 @@ def test_an_engine_that_does_not_answer_is_given_no_weights_for_a_while(file, mo
     engines.receiver(1).unreachable()
     engines.pushed(0, [0])
     assert not engines.needs_weights()
+    assert not engines.all_ready
     assert engines.receivers(0) == []
     engines.ready[1].paused_until = 0.0
     assert engines.needs_weights()
