@@ -1,8 +1,9 @@
 import json
 from pathlib import Path
 
-from conftest import Miles
 from runs.journal.journal_records import batch, finished, journal, partial
+
+from tests.cli.conftest import Miles
 
 
 def make_run(directory: Path) -> None:
