@@ -31,7 +31,7 @@ from agreement import machine  # noqa: E402
 
 from tests.chaos.audit import audit  # noqa: E402
 from tests.chaos.kills import Kind, Life, Plan, torment  # noqa: E402
-from tests.chaos.run import Case, finish, paths_of  # noqa: E402
+from tests.chaos.run import Case, Undisturbed, finish, paths_of  # noqa: E402
 from tests.chaos.shim import Shim  # noqa: E402
 
 KILLS_PER_RUN = 12
@@ -61,16 +61,15 @@ def main() -> None:
 
 def prove(case: Case, directory: Path, *, kills: int, seed: int, output: Path) -> list[dict[str, Any]]:
     """Run after run until `kills` are delivered."""
-    reference = case.write(directory / "undisturbed")
-    seconds = finish(reference)
-    print(f"{case}: undisturbed in {seconds:.1f} s", flush=True)
+    reference = finish(case.write(directory / "undisturbed"))
+    print(f"{case}: undisturbed in {reference.seconds:.1f} s", flush=True)
     runs: list[dict[str, Any]] = []
     done = 0
     while done < kills:
         number = seed + len(runs)
-        runs.append(one_run(case, directory / f"run-{number}", reference, seconds, number, kills - done))
+        runs.append(one_run(case, directory / f"run-{number}", reference, number, kills - done))
         done += len(runs[-1]["kills"])
-        output.write_text(json.dumps(document(case, seconds, runs), indent=1) + "\n")
+        output.write_text(json.dumps(document(case, reference.seconds, runs), indent=1) + "\n")
         counts = ", ".join(f"{count} {kind}" for kind, count in Counter(k["kind"] for k in runs[-1]["kills"]).items())
         print(f"run {number}: {counts}; {len(runs[-1]['findings'])} findings; {done} of {kills} kills", flush=True)
         for finding in runs[-1]["findings"]:
@@ -78,12 +77,12 @@ def prove(case: Case, directory: Path, *, kills: int, seed: int, output: Path) -
     return runs
 
 
-def one_run(case: Case, directory: Path, reference: Path, seconds: float, seed: int, most: int) -> dict[str, Any]:
+def one_run(case: Case, directory: Path, reference: Undisturbed, seed: int, most: int) -> dict[str, Any]:
     """One run, killed up to `most` times, and what is wrong with its result."""
     file = case.write(directory)
     shim = Shim(directory / "shim", paths_of(file).root)
-    lives = torment(file, Plan(seed, horizon=seconds / 2), shim=shim, max_kills=min(most, KILLS_PER_RUN))
-    findings = audit(paths_of(file), paths_of(reference))
+    lives = torment(file, Plan(seed, reference), shim=shim, max_kills=min(most, KILLS_PER_RUN))
+    findings = audit(paths_of(file), reference.paths)
     if not findings:
         shutil.rmtree(paths_of(file).root)
     return {

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from miles.runs.metrics import read_metrics
 from miles.runs.progress import read_progress
-from tests.chaos.run import STAGE, STUCK_SECONDS, Submit, kill, last_step, log_tails, processes
+from tests.chaos.run import STAGE, STUCK_SECONDS, Submit, Undisturbed, kill, last_step, log_tails, processes
 from tests.chaos.shim import Shim
 
 
@@ -111,15 +111,15 @@ class Blow:
 class Plan:
     """A seeded endless sequence of blows. Two thirds of them fall while new steps are made, the others anywhere."""
 
-    def __init__(self, seed: int, horizon: float, weights: dict[Kind, int] | None = None) -> None:
+    def __init__(self, seed: int, undisturbed: Undisturbed) -> None:
         self._random = random.Random(seed)
-        self._horizon = horizon
-        self._weights = weights or WEIGHTS
+        self._undisturbed = undisturbed
 
     def next(self) -> Blow:
-        kind = self._random.choices(list(self._weights), list(self._weights.values()))[0]
+        kind = self._random.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
         live = self._random.random() < 2 / 3
-        return Blow(kind, live, self._random.uniform(0.0, self._horizon / 4 if live else self._horizon))
+        longest = 2 * self._undisturbed.step_seconds if live else self._undisturbed.seconds / 2
+        return Blow(kind, live, self._random.uniform(0.0, longest))
 
     def writes_ahead(self) -> int:
         """Which of the next writes a blow at a write falls on, counted from 1."""

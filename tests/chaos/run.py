@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -198,12 +199,24 @@ class Submit:
             kill(pid)
 
 
-def finish(file: Path, *arguments: str) -> float:
-    """Submit a run and wait for its end; returns the seconds. AssertionError when it does not end well."""
-    submit = Submit(file, *arguments)
+@dataclass(frozen=True, slots=True)
+class Undisturbed:
+    """A run that nothing happened to."""
+
+    paths: RunPaths
+    seconds: float
+    """Of the whole command."""
+    step_seconds: float
+    """Median of its reinforcement-learning steps."""
+
+
+def finish(file: Path) -> Undisturbed:
+    """Submit a run and wait for its end. AssertionError when it does not end well."""
+    submit = Submit(file)
     code = submit.wait()
     assert code == 0, f"exit code {code}\n{submit.output()}\n{log_tails(submit.paths)}"
-    return time.time() - submit.started
+    steps = [line.values["time/step"] for line in read_metrics(submit.paths) if line.stage == STAGE and line.step > 0]
+    return Undisturbed(submit.paths, time.time() - submit.started, statistics.median(steps))
 
 
 def processes(paths: RunPaths) -> dict[int, str]:

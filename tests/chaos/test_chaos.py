@@ -7,7 +7,7 @@ import pytest
 
 from tests.chaos.audit import audit, draw_findings, read_journal
 from tests.chaos.kills import Blow, Kind, Life, Plan, torment
-from tests.chaos.run import Case, finish, paths_of
+from tests.chaos.run import Case, Undisturbed, finish, paths_of
 from tests.chaos.shim import Shim
 
 CASE = Case("megatron", partial=True, steps=8, checkpoint_every=2)
@@ -16,8 +16,8 @@ CASE = Case("megatron", partial=True, steps=8, checkpoint_every=2)
 class Listed(Plan):
     """Blows of these kinds in this order; the moments are random."""
 
-    def __init__(self, kinds: list[Kind], seed: int, horizon: float) -> None:
-        super().__init__(seed, horizon)
+    def __init__(self, kinds: list[Kind], seed: int, undisturbed: Undisturbed) -> None:
+        super().__init__(seed, undisturbed)
         self._kinds = iter(kinds)
 
     def next(self) -> Blow:
@@ -25,20 +25,17 @@ class Listed(Plan):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
-    """The run file of a run that nothing happened to, and its seconds."""
-    file = CASE.write(tmp_path_factory.mktemp("undisturbed") / "run")
-    return file, finish(file)
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    return finish(CASE.write(tmp_path_factory.mktemp("undisturbed") / "run"))
 
 
 @pytest.mark.timeout(600)
-def test_killed_run_ends_with_the_same_bits(undisturbed: tuple[Path, float], tmp_path: Path) -> None:
-    reference, seconds = undisturbed
+def test_killed_run_ends_with_the_same_bits(undisturbed: Undisturbed, tmp_path: Path) -> None:
     file = CASE.write(tmp_path / "run")
     kinds = [Kind.RANK, Kind.ENGINE, Kind.ALL, Kind.WRITE, Kind.TERM, Kind.DRIVER]
-    plan = Listed(kinds, seed=1, horizon=seconds / 2)
+    plan = Listed(kinds, seed=1, undisturbed=undisturbed)
     lives = torment(file, plan, shim=Shim(tmp_path / "shim", paths_of(file).root), max_kills=len(kinds))
-    assert audit(paths_of(file), paths_of(reference)) == []
+    assert audit(paths_of(file), undisturbed.paths) == []
     assert _blows(lives) == kinds[: len(_blows(lives))] and len(_blows(lives)) >= 3
 
 
@@ -46,8 +43,8 @@ def _blows(lives: list[Life]) -> list[Kind]:
     return [kill.kind for life in lives for kill in life.kills]
 
 
-def test_audit_sees_a_lost_draw_and_one_used_twice(undisturbed: tuple[Path, float]) -> None:
-    batches = read_journal(paths_of(undisturbed[0]))
+def test_audit_sees_a_lost_draw_and_one_used_twice(undisturbed: Undisturbed) -> None:
+    batches = read_journal(undisturbed.paths)
     assert draw_findings(batches) == []
     last = batches[max(batches)]
     lost = batches | {last.step: replace(last, groups=last.groups[1:])}
