@@ -93,7 +93,7 @@ def interrupted(what: str, paths: RunPaths) -> Interrupted:
 
 def continues(paths: RunPaths) -> str:
     """The command that continues a run, in a sentence."""
-    return f"`miles submit {paths.config} --local` continues the run"
+    return f"`miles resume {paths.root}` continues the run"
 
 
 def end_reason(error: MilesError, *, engines_came_up: bool) -> EndReason:

@@ -273,13 +273,19 @@ class Checkpointer:
         )
         directory = self._store.commit(writing.draft, info, sums)
         log.info("saved step %d in %.1f s: %s", writing.step, seconds, directory)
-        self._context.paths.save_request.unlink(missing_ok=True)
+        self._answer_request(writing)
         try:
             self._store.prune(self._section.keep_last, self._section.keep_every, self._section.keep_best)
         except Overtaken:
             raise
         except RunError as error:
             log.warning("older checkpoints stay for now: %s", error)
+
+    def _answer_request(self, writing: _Writing) -> None:
+        """Remove a request to save that was made before this save began; a later one wants a later state."""
+        request = self._context.paths.save_request
+        if request.exists() and request.stat().st_mtime <= writing.created:
+            request.unlink(missing_ok=True)
 
     def _failed(self, step: int, error: Exception) -> None:
         """A failed save costs nothing but the time that a later failure will take to repeat."""
@@ -297,6 +303,7 @@ class _Writing(Thread):
         self.draft = draft
         self.metrics = metrics
         self.began = began
+        self.created = time.time()
         self.sums: dict[str, FileSum] = {}
         self._pending = pending
         self._rng = _rng_states()

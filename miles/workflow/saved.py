@@ -104,9 +104,6 @@ def save_now(paths: RunPaths, *, timeout: float) -> Saved:
                     f"step '{stage}' has not saved within {timeout:g} s: it saves between two training steps",
                     fix=f"`miles save {name} --timeout SECONDS` waits longer, `miles logs {name}` says more",
                 )
-            if not paths.save_request.exists():
-                # A save that had begun before took the request with it.
-                write_atomic(paths.save_request, f"{asked}\n")
             time.sleep(_POLL_SECONDS)
     finally:
         paths.save_request.unlink(missing_ok=True)

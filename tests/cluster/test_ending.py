@@ -83,7 +83,7 @@ def test_ranks_that_end_for_the_time_limit_are_waited_for(paths: RunPaths, super
     assert [type(read_failure(file)) for file in failures] == [Interrupted, Interrupted]
     failure = read_failure(paths.root / "failure.json")
     assert failure is not None
-    assert failure.fix == f"`miles submit {paths.config} --local` continues the run"
+    assert failure.fix == f"`miles resume {paths.root}` continues the run"
 
 
 def test_ranks_that_miss_the_time_limit_are_ended(paths: RunPaths, supervise: Supervise) -> None:

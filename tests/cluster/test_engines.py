@@ -124,7 +124,7 @@ def test_engine_that_dies_too_often_ends_the_attempt(paths: RunPaths, supervise:
     assert (paths.root / "starts-0").read_text() == "+++"
     failure = read_failure(paths.root / "failure.json")
     assert failure is not None
-    assert f"`miles submit {paths.config} --local` continues the run" in str(failure.fix)
+    assert f"`miles resume {paths.root}` continues the run" in str(failure.fix)
 
 
 def test_engines_without_restarts_end_the_attempt_at_once(paths: RunPaths, supervise: Supervise) -> None:

@@ -62,7 +62,7 @@ def test_killed_rank_ends_all_others(paths: RunPaths, supervise: Supervise) -> N
     assert f"trainer 0 (process {victim}) was killed by SIGKILL" in attempt.detail
     failure = read_failure(paths.root / "failure.json")
     assert failure is not None
-    assert f"`miles submit {paths.config} --local` continues the run" in str(failure.fix)
+    assert f"`miles resume {paths.root}` continues the run" in str(failure.fix)
     wait_for(lambda: all(gone(pid) for pid in started), "what the ranks had started to go")
 
 

@@ -70,8 +70,8 @@ def page() -> str:
             *_section(
                 "While a run runs",
                 "All processes of the step are ended, the attempt is in the ledger (`attempts.jsonl`, `miles status`)"
-                " with the reason, and nothing of the step counts as done. Once the cause is gone, the same command"
-                " continues the run.",
+                " with the reason. Once the cause is gone, the same command continues the run: an sft or rl step from"
+                " its checkpoint and its journal.",
                 _rows(RUNNING),
             ),
         ]

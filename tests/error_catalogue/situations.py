@@ -111,8 +111,7 @@ RUNNING = {
     "An engine is killed, and engine.max_restarts = 0": Situation(
         EngineError,
         "engine 0 (process <id>) was killed by SIGKILL (the system does that when memory runs out) <end of its log>",
-        "`miles logs demo --role engine` shows the whole log; "
-        "`miles submit <run directory>/run.toml --local` continues the run",
+        "`miles logs demo --role engine` shows the whole log; `miles resume <run directory>` continues the run",
     ),
     "A grader raises": Situation(
         DataError,
@@ -123,8 +122,7 @@ RUNNING = {
     "A trainer rank is killed": Situation(
         TrainerError,
         "trainer 0 (process <id>) was killed by SIGKILL (the system does that when memory runs out) <end of its log>",
-        "`miles logs demo --role trainer` shows the whole log; "
-        "`miles submit <run directory>/run.toml --local` continues the run",
+        "`miles logs demo --role trainer` shows the whole log; `miles resume <run directory>` continues the run",
     ),
     "The disk becomes full": Situation(
         RunError,

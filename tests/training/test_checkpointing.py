@@ -171,6 +171,15 @@ def test_fixed_intervals_requests_and_what_is_saved_already(model_dir, context) 
     assert not saver.due(4)
 
 
+def test_a_save_that_had_begun_does_not_answer_a_later_request(model_dir, context) -> None:
+    saver = checkpointer(context, new_trainer(model_dir))
+    saver.begin(1)
+    time.sleep(0.02)
+    context.paths.save_request.touch()
+    assert saver.complete() == 1
+    assert context.paths.save_request.exists()
+
+
 def test_automatic_intervals_begin_with_a_first_save(model_dir, context) -> None:
     saver = checkpointer(context, new_trainer(model_dir), mtbf_hours=1.0)
     assert saver.due(1)
