@@ -81,7 +81,7 @@ def one_run(case: Case, directory: Path, reference: Undisturbed, seed: int, most
     """One run, killed up to `most` times, and what is wrong with its result."""
     file = case.write(directory)
     shim = Shim(directory / "shim", paths_of(file).root)
-    lives = torment(file, Plan(seed, reference), shim=shim, max_kills=min(most, KILLS_PER_RUN))
+    lives = torment(file, Plan(seed, reference.seconds), shim=shim, max_kills=min(most, KILLS_PER_RUN))
     findings = audit(paths_of(file), reference.paths)
     if not findings:
         shutil.rmtree(paths_of(file).root)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from miles.runs.metrics import read_metrics
 from miles.runs.progress import read_progress
-from tests.chaos.run import STAGE, STUCK_SECONDS, Submit, Undisturbed, kill, last_step, log_tails, processes
+from tests.chaos.run import STAGE, STUCK_SECONDS, Submit, kill, last_step, log_tails, processes
 from tests.chaos.shim import Shim
 
 
@@ -102,24 +102,22 @@ class Blow:
 
     kind: Kind
     live: bool
-    """The moment is counted from the next new line of reinforcement-learning metrics, else from the start or the blow
-    before."""
+    """It falls into the step after the next one that this submit makes; else anywhere."""
     delay: float
-    """Seconds."""
+    """How far into that step, as a fraction of the one before; else seconds from the start or the blow before."""
 
 
 class Plan:
     """A seeded endless sequence of blows. Two thirds of them fall while new steps are made, the others anywhere."""
 
-    def __init__(self, seed: int, undisturbed: Undisturbed) -> None:
+    def __init__(self, seed: int, undisturbed_seconds: float) -> None:
         self._random = random.Random(seed)
-        self._undisturbed = undisturbed
+        self._horizon = undisturbed_seconds / 2
 
     def next(self) -> Blow:
         kind = self._random.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
         live = self._random.random() < 2 / 3
-        longest = 2 * self._undisturbed.step_seconds if live else self._undisturbed.seconds / 2
-        return Blow(kind, live, self._random.uniform(0.0, longest))
+        return Blow(kind, live, self._random.uniform(0.0, 1.0 if live else self._horizon))
 
     def writes_ahead(self) -> int:
         """Which of the next writes a blow at a write falls on, counted from 1."""
@@ -150,9 +148,8 @@ def live(file: Path, plan: Plan, *, shim: Shim, max_kills: int) -> Life:
     try:
         for _ in range(max_kills):
             blow = plan.next()
-            if blow.live:
-                _wait_for_new_step(submit, life)
-            watch(submit, life, until=time.time() + blow.delay)
+            unit = _wait_for_new_step(submit, life) if blow.live else 1.0
+            watch(submit, life, until=time.time() + unit * blow.delay)
             if not _strike(submit, life, blow.kind, plan, shim) or blow.kind not in ROLE:
                 break
         watch(submit, life, until=submit.started + STUCK_SECONDS)
@@ -191,10 +188,12 @@ def _strike_write(submit: Submit, life: Life, shim: Shim, number: int) -> bool:
     shim.arm(number)
     while submit.running() and shim.count() < number:
         watch(submit, life, until=time.time() + 0.02)
-    changes = shim.changes()
-    if len(changes) < number:
+    if shim.count() < number:
+        shim.arm()
         return False
-    _record(submit, life, Kind.WRITE, str(changes[number - 1]))
+    time.sleep(0.1)  # it is counted first, then logged
+    victim = next(str(change) for change in shim.changes() if change.number == number)
+    _record(submit, life, Kind.WRITE, victim)
     return True
 
 
@@ -204,10 +203,12 @@ def _record(submit: Submit, life: Life, kind: Kind, victim: str) -> None:
     life.kills.append(Kill(kind, time.time() - submit.started, *where, victim))
 
 
-def _wait_for_new_step(submit: Submit, life: Life) -> None:
+def _wait_for_new_step(submit: Submit, life: Life) -> float:
+    """Return when there is one; the seconds that it took."""
     before = last_step(submit.paths)
     while submit.running() and last_step(submit.paths) == before and time.time() < submit.started + STUCK_SECONDS:
         watch(submit, life, until=time.time() + 0.05)
+    return max((line.values["time/step"] for line in read_metrics(submit.paths)[-1:]), default=0.0)
 
 
 def watch(submit: Submit, life: Life, *, until: float) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -206,8 +205,6 @@ class Undisturbed:
     paths: RunPaths
     seconds: float
     """Of the whole command."""
-    step_seconds: float
-    """Median of its reinforcement-learning steps."""
 
 
 def finish(file: Path) -> Undisturbed:
@@ -215,8 +212,7 @@ def finish(file: Path) -> Undisturbed:
     submit = Submit(file)
     code = submit.wait()
     assert code == 0, f"exit code {code}\n{submit.output()}\n{log_tails(submit.paths)}"
-    steps = [line.values["time/step"] for line in read_metrics(submit.paths) if line.stage == STAGE and line.step > 0]
-    return Undisturbed(submit.paths, time.time() - submit.started, statistics.median(steps))
+    return Undisturbed(submit.paths, time.time() - submit.started)
 
 
 def processes(paths: RunPaths) -> dict[int, str]:
