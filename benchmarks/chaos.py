@@ -13,6 +13,7 @@ is at most journal.flush_seconds (0.5) after the token itself; of commands that 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shutil
 import statistics
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -46,34 +48,46 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--engines", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0, help="of the kills")
+    parser.add_argument("--parallel", type=int, default=1, help="runs at once, each with about two busy cores")
     parser.add_argument("--keep", type=Path, help="work in this directory, and leave the runs there")
     parser.add_argument("--output", type=Path, help="where the JSON goes")
     arguments = parser.parse_args()
     case = Case(arguments.backend, arguments.partial, arguments.ranks, arguments.engines)
     output = arguments.output or ROOT / "benchmarks" / "results" / f"chaos-{str(case).replace(' ', '-')}.json"
     directory = arguments.keep or Path(tempfile.mkdtemp(prefix="miles-chaos-"))
-    runs = prove(case, directory, kills=arguments.kills, seed=arguments.seed, output=output)
+    runs = prove(case, directory, arguments.kills, arguments.seed, arguments.parallel, output)
     if arguments.keep is None:
         shutil.rmtree(directory)
     print(f"written to {output}")
     sys.exit(any(run["findings"] for run in runs))
 
 
-def prove(case: Case, directory: Path, *, kills: int, seed: int, output: Path) -> list[dict[str, Any]]:
-    """Run after run until `kills` are delivered."""
+def prove(case: Case, directory: Path, kills: int, seed: int, parallel: int, output: Path) -> list[dict[str, Any]]:
+    """Run after run, `parallel` at a time, until `kills` are delivered."""
     reference = finish(case.write(directory / "undisturbed"))
     print(f"{case}: undisturbed in {reference.seconds:.1f} s", flush=True)
     runs: list[dict[str, Any]] = []
-    done = 0
-    while done < kills:
-        number = seed + len(runs)
-        runs.append(one_run(case, directory / f"run-{number}", reference, number, kills - done))
-        done += len(runs[-1]["kills"])
-        output.write_text(json.dumps(document(case, reference.seconds, runs), indent=1) + "\n")
-        counts = ", ".join(f"{count} {kind}" for kind, count in Counter(k["kind"] for k in runs[-1]["kills"]).items())
-        print(f"run {number}: {counts}; {len(runs[-1]['findings'])} findings; {done} of {kills} kills", flush=True)
-        for finding in runs[-1]["findings"]:
-            print(f"  {finding}", flush=True)
+    seeds = itertools.count(seed)
+
+    def delivered() -> int:
+        return sum(len(run["kills"]) for run in runs)
+
+    def work() -> None:
+        while (missing := kills - delivered()) > 0:
+            number = next(seeds)
+            run = one_run(case, directory / f"run-{number}", reference, number, missing)
+            runs.append(run)
+            output.write_text(json.dumps(document(case, reference.seconds, runs), indent=1) + "\n")
+            counts = ", ".join(f"{count} {kind}" for kind, count in Counter(k["kind"] for k in run["kills"]).items())
+            print(
+                f"run {number}: {counts}; {len(run['findings'])} findings; {delivered()} of {kills} kills", flush=True
+            )
+            for finding in run["findings"]:
+                print(f"  {finding}", flush=True)
+
+    with ThreadPoolExecutor(parallel) as pool:
+        for worker in [pool.submit(work) for _ in range(parallel)]:
+            worker.result()
     return runs
 
 
