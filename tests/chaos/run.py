@@ -167,7 +167,7 @@ class Submit:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "miles", "submit", str(file), "--local", *arguments],
                 cwd=file.parent,
-                env=os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"} | (environment or {}),
+                env=os.environ | {"PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"} | (environment or {}),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -213,6 +213,11 @@ def finish(file: Path) -> Undisturbed:
     code = submit.wait()
     assert code == 0, f"exit code {code}\n{submit.output()}\n{log_tails(submit.paths)}"
     return Undisturbed(submit.paths, time.time() - submit.started)
+
+
+def python_path() -> str:
+    """This checkout first, then wherever else this process finds packages."""
+    return os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
 
 
 def processes(paths: RunPaths) -> dict[int, str]:
