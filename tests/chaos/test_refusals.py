@@ -15,5 +15,4 @@ def test_save_that_is_refused_is_logged_and_the_run_goes_on(supervised: Rehearsa
 
 def test_journal_that_is_refused_stops_the_run_and_the_same_command_continues(rollouts: Rehearsal) -> None:
     writes = [change for change in rollouts.changes if JOURNAL in str(change.path)]
-    found = [refuse_journal(rollouts, errno.ESTALE), refuse_journal(rollouts, errno.ENOSPC, first=len(writes) // 2)]
-    assert [refusal for refusal in found if refusal.findings] == []
+    assert refuse_journal(rollouts, errno.ESTALE, first=len(writes) // 2).findings == []
