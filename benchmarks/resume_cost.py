@@ -72,7 +72,7 @@ def main() -> None:
 
 def save_stall(backend: str, directory: Path, *, asynchronous: bool) -> dict[str, Any]:
     """Seconds that steps with a save wait for it, against what the step takes."""
-    case = Case(backend, steps=8, checkpoint_every=1, eval_every=0, hidden_size=512, asynchronous=asynchronous)
+    case = Case(backend, steps=5, checkpoint_every=1, eval_every=0, hidden_size=256, asynchronous=asynchronous)
     file = case.write(directory / f"stall-{asynchronous}")
     finish(file)
     paths = paths_of(file)

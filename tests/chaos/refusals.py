@@ -42,8 +42,8 @@ def refuse_saves(stage: Rehearsal, number: int, *, first: int = 1, last: int = A
         findings.append(f"exit code {code}\n{stage.message()}")
     elif refused:
         findings += _unsaid(stage, number)
-        # Without a last checkpoint the rest must still be right.
-        findings += [text for text in stage.findings() if "no checkpoint" not in text]
+        # A disk that takes nothing any more neither has the last checkpoint nor lets go of its draft.
+        findings += [text for text in stage.findings() if "no checkpoint" not in text and ".draft-" not in text]
     return Refusal(errno.errorcode[number], CHECKPOINTS, first, findings)
 
 
