@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -174,11 +174,6 @@ class Launcher:
         child = Child(command, process, log_file, begin, failure, writer)
         log.info("step %s: started %s, process %d, log %s", self.step, child.name, child.pid, log_file)
         return child
-
-
-def first_dead(children: Iterable[Child]) -> Child | None:
-    """The first of the children that has ended, in their order."""
-    return next((child for child in children if child.exit_code() is not None), None)
 
 
 def wait_for_ends(children: list[Child], *, grace: float, hurry: Callable[[], bool]) -> None:

@@ -117,6 +117,15 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def flush_tree(directory: Path) -> None:
+    """Flush every file of a directory and below, and the directories themselves: then a rename makes it durable."""
+    for parent, _, files in os.walk(directory, topdown=False):
+        for name in files:
+            with (Path(parent) / name).open("rb") as file:
+                os.fsync(file.fileno())
+        sync_directory(Path(parent))
+
+
 def append_json(path: Path, record: dict[str, Any]) -> None:
     """Append one JSON line in a single write and flush it, cutting off a torn line that a crash left at the end."""
     line = json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"

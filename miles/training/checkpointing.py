@@ -35,6 +35,9 @@ from miles.workflow.stage import stage_fingerprint
 
 log = logging.getLogger(__name__)
 
+TRAINER_STATE = "trainer"
+"""In a checkpoint: the directory of the backend's files."""
+
 Extra = Callable[[Path], None]
 """Writes what else belongs into a checkpoint's directory; rank 0 only."""
 
@@ -62,8 +65,7 @@ class Checkpointer:
         self._writing: _Writing | None = None
         self._saved_step = 0
         self._save_seconds: float | None = None
-        self._began = time.monotonic()
-        self._last_began = self._began
+        self._last_began = time.monotonic()
 
     def restore(self) -> Restored:
         """Load the newest checkpoint that is intact.
@@ -92,8 +94,8 @@ class Checkpointer:
         due = self._due(step, repeated_fraction) if self._context.is_rank_zero else None
         return from_rank_zero(due)
 
-    def begin(self, step: int, *, metrics: Mapping[str, float] | None = None, extra: Extra | None = None) -> float:
-        """Copy the state after `step` out and write it in the background; returns the seconds that this took.
+    def begin(self, step: int, *, metrics: Mapping[str, float] | None = None, extra: Extra | None = None) -> None:
+        """Copy the state after `step` out and write it in the background.
 
         An earlier save is completed first. A disk that refuses is logged, and the run goes on with what it has.
         """
@@ -102,17 +104,16 @@ class Checkpointer:
         self._last_began = start
         try:
             draft = self._new_draft(step, extra)
-            pending = self._trainer.begin_save(draft / "trainer")
+            pending = self._trainer.begin_save(draft / TRAINER_STATE)
         except Overtaken:
             raise
         except RunError as error:
             self._failed(step, error)
-            return time.monotonic() - start
+            return
         self._writing = _Writing(step, draft, pending, dict(metrics or {}), start)
         self._writing.start()
         if not self._section.asynchronous:
             self.complete()
-        return time.monotonic() - start
 
     def poll(self) -> int | None:
         """Commit the save in progress if every rank has written its part; returns its step when it was committed."""
@@ -186,7 +187,7 @@ class Checkpointer:
         directory = self._store.path(step)
         manifest = self._store.read(step)
         start = time.monotonic()
-        self._trainer.load_state(directory / "trainer")
+        self._trainer.load_state(directory / TRAINER_STATE)
         _restore_rng(directory / "rng" / _rng_file(dist.get_rank()))
         self._saved_step = step
         self._save_seconds = manifest.info.save_seconds
@@ -227,7 +228,7 @@ class Checkpointer:
             if self._context.is_rank_zero:
                 draft = self._store.draft(step)
                 with disk_errors(draft):
-                    (draft / "trainer").mkdir()
+                    (draft / TRAINER_STATE).mkdir()
                     (draft / "rng").mkdir()
                     if extra is not None:
                         extra(draft)
@@ -317,7 +318,7 @@ class _Writing(Thread):
                 # Through a file of Python's: torch's own writer turns the disk's errors into a RuntimeError.
                 with (self.draft / "rng" / _rng_file(rank)).open("wb") as file:
                     torch.save(self._rng, file)
-                own = [*self.draft.glob(f"trainer/__{rank}_*"), self.draft / "rng" / _rng_file(rank)]
+                own = [*self.draft.glob(f"{TRAINER_STATE}/__{rank}_*"), self.draft / "rng" / _rng_file(rank)]
                 self.sums = sum_files(self.draft, [str(path.relative_to(self.draft)) for path in own])
         except Exception as error:
             # Whatever it was, the other ranks must hear of it before anybody acts on it.

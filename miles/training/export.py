@@ -19,16 +19,14 @@ from miles.errors import ConfigError, RunError, did_you_mean
 from miles.runs.checkpoints import CheckpointStore
 from miles.runs.claim import Fence
 from miles.runs.failures import exit_with_failures
-from miles.runs.files import disk_errors, sync_directory
-from miles.runs.manifest import DamagedError, sum_files
+from miles.runs.files import disk_errors, flush_tree, sync_directory
+from miles.runs.manifest import DamagedError
 from miles.runs.paths import RunPaths
 from miles.training.backend import TrainerBackend
+from miles.training.checkpointing import TRAINER_STATE
 from miles.training.context import open_model
 from miles.training.distributed import choose_device, process_group
 from miles.training.worker import quieten_libraries
-
-TRAINER_STATE = "trainer"
-"""The directory of the trainer's files in a checkpoint."""
 
 _ONE_RANK = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 """torch.distributed's environment; port 0 is a free one, for nobody else needs to know it."""
@@ -103,8 +101,7 @@ def _write(trainer: TrainerBackend, output: Path) -> None:
         with disk_errors(output):
             output.parent.mkdir(parents=True, exist_ok=True)
             trainer.save_hf(partial)
-            sum_files(partial, [path.name for path in partial.iterdir()])
-            sync_directory(partial)
+            flush_tree(partial)
             _require_absent(output)
             partial.rename(output)
             sync_directory(output.parent)

@@ -8,8 +8,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from miles.errors import RunError
-from miles.runs.files import disk_errors, sync_directory
-from miles.runs.manifest import sum_files
+from miles.runs.files import disk_errors, flush_tree, sync_directory
 from miles.training.backend import TrainerBackend
 from miles.training.distributed import together
 
@@ -26,9 +25,8 @@ def write_model(trainer: TrainerBackend, output: Path) -> None:
     with together(RunError):
         if dist.get_rank() == 0:
             # A model that is said to be done must be whole after a power cut as well.
-            sum_files(partial, sorted(str(file.relative_to(partial)) for file in partial.rglob("*") if file.is_file()))
             with disk_errors(final):
-                sync_directory(partial)
+                flush_tree(partial)
                 shutil.rmtree(final, ignore_errors=True)
                 partial.rename(final)
                 sync_directory(output)
