@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,9 @@ sys.path.insert(0, str(ROOT))
 
 from agreement import machine  # noqa: E402
 
-from tests.chaos.rehearsal import Rehearsal, rehearse  # noqa: E402
+from tests.chaos.rehearsal import rehearse  # noqa: E402
 from tests.chaos.run import STAGE, WARMUP, Case  # noqa: E402
+from tests.chaos.shim import Change  # noqa: E402
 from tests.chaos.sweep import Death, deaths, die_at  # noqa: E402
 
 
@@ -38,44 +40,67 @@ def main() -> None:
     parser.add_argument("--stage", choices=[WARMUP, STAGE], default=STAGE)
     parser.add_argument("--every", action="store_true", help="also each of many writes to one file in a row")
     parser.add_argument("--sample", type=int, help="only that many, spread over all")
+    parser.add_argument("--parallel", type=int, default=1, help="stages at once, each with its share of the deaths")
+    parser.add_argument("--output", type=Path, help="where the JSON goes")
     arguments = parser.parse_args()
-    output = ROOT / "benchmarks" / "results" / f"kill-at-every-write-{arguments.backend}-{arguments.stage}.json"
+    name = f"kill-at-every-write-{arguments.backend}-{arguments.stage}.json"
+    output = arguments.output or ROOT / "benchmarks" / "results" / name
     case = Case(arguments.backend, partial=True, steps=4, checkpoint_every=2, eval_every=2, flush_seconds=0.05)
-    with tempfile.TemporaryDirectory() as directory, rehearse(case, arguments.stage, Path(directory)) as stage:
-        died = sweep(stage, every=arguments.every, sample=arguments.sample)
-        output.write_text(json.dumps(document(stage, str(case), arguments.stage, died), indent=1) + "\n")
+    changes: list[Change] = []
+    died: list[Death] = []
+    with tempfile.TemporaryDirectory() as directory, ProcessPoolExecutor(arguments.parallel) as pool:
+        step = max(1, arguments.parallel)
+        shares = [
+            pool.submit(
+                sweep,
+                case,
+                arguments.stage,
+                Path(directory) / str(n),
+                slice(n, None, step),
+                arguments.sample,
+                arguments.every,
+            )
+            for n in range(step)
+        ]
+        for share in as_completed(shares):
+            changes, deaths = share.result()
+            died += deaths
+            output.write_text(json.dumps(document(case, arguments.stage, changes, died), indent=1) + "\n")
     print(f"written to {output}")
     sys.exit(any(death.findings for death in died))
 
 
-def sweep(stage: Rehearsal, *, every: bool, sample: int | None) -> list[Death]:
-    """One death after another."""
-    chosen = deaths(stage.changes, every=every)
-    if sample is not None:
-        chosen = chosen[:: max(1, len(chosen) // sample)]
-    died = []
-    for number, (change, torn) in enumerate(chosen, start=1):
-        died.append(die_at(stage, change, torn=torn))
-        where = f"{died[-1].change}{', half' if torn else ''}"
-        print(f"{number} of {len(chosen)}: {change.number} {where}: {len(died[-1].findings)} findings", flush=True)
-        for finding in died[-1].findings:
-            print(f"  {finding}", flush=True)
-    return died
+def sweep(
+    case: Case, name: str, directory: Path, share: slice, sample: int | None, every: bool
+) -> tuple[list[Change], list[Death]]:
+    """One death after another, of this process's share of them; and what the undisturbed stage changes."""
+    with rehearse(case, name, directory) as stage:
+        chosen = deaths(stage.changes, every=every)
+        if sample is not None:
+            chosen = chosen[:: max(1, len(chosen) // sample)]
+        died = []
+        for change, torn in chosen[share]:
+            died.append(die_at(stage, change, torn=torn))
+            where = f"{died[-1].change}{', half' if torn else ''}"
+            print(f"{change.number} of {len(stage.changes)}: {where}: {len(died[-1].findings)} findings", flush=True)
+            for finding in died[-1].findings:
+                print(f"  {finding}", flush=True)
+        return stage.changes, died
 
 
-def document(stage: Rehearsal, case: str, name: str, died: list[Death]) -> dict[str, Any]:
+def document(case: Case, name: str, changes: list[Change], died: list[Death]) -> dict[str, Any]:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return {
         "machine": machine(),
         "commit": commit.stdout.strip(),
-        "case": case,
+        "case": str(case),
         "stage": name,
-        "changes": len(stage.changes),
-        "changes_by_name": dict(Counter(change.name for change in stage.changes)),
+        "changes": len(changes),
+        "changes_by_name": dict(Counter(change.name for change in changes)),
         "deaths": len(died),
         "deaths_in_the_middle_of_a_write": sum(death.torn for death in died),
         "same_result": sum(not death.findings for death in died),
-        "records": [asdict(death) for death in died],
+        "records": [asdict(death) for death in sorted(died, key=lambda death: (death.number, death.torn))],
     }
 
 

@@ -6,7 +6,7 @@ whole of it, in processes of their own, is `tests.chaos.run`.
 
 from __future__ import annotations
 
-import os
+import random
 import shutil
 import time
 from dataclasses import dataclass
@@ -80,7 +80,7 @@ class Stage:
 
     def _start_rank(self) -> int:
         self.log.unlink(missing_ok=True)
-        (port,) = choose_ports(1, seed=os.getpid() + self.attempt)
+        (port,) = choose_ports(1, seed=random.getrandbits(32))
         environment = rank_environment(rank=0, ranks=1, port=port) | {
             "MILES_ATTEMPT": str(self.attempt),
             ENGINES_VARIABLE: str(self._engines),
@@ -89,7 +89,7 @@ class Stage:
         return self.nursery.start("miles.training.worker", self._arguments, environment, self.log)
 
     def _start_engine(self) -> int:
-        (port,) = choose_ports(1, seed=os.getpid() + self.attempt + 1000)
+        (port,) = choose_ports(1, seed=random.getrandbits(32))
         arguments = [*self._arguments, "--index", "0", "--port", str(port)]
         log = self.work / f"engine-{self.attempt}.log"
         engine = self.nursery.start("miles.engines.serve", arguments, {}, log)
