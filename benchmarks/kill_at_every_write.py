@@ -6,7 +6,8 @@ A library between the program and the C library counts and kills (tests/chaos/di
 writes, flushes, renames, links, removals. Changes of the supervised stage `warmup` are those of checkpoints, metrics,
 progress and the model; reinforcement learning, `grpo`, adds the journal.
 
-Of many writes to one file in a row, the first, a half of the middle one and the last are taken; `--every` takes all.
+Of many writes to one file in a row, the first, a half of the middle one and the last are taken, and of the rewrites of
+progress.json, which nothing reads back, every seventh change; `--every` takes all.
 Writes benchmarks/results/kill-at-every-write-BACKEND-STAGE.json.
 """
 
@@ -45,7 +46,7 @@ def main() -> None:
     arguments = parser.parse_args()
     name = f"kill-at-every-write-{arguments.backend}-{arguments.stage}.json"
     output = arguments.output or ROOT / "benchmarks" / "results" / name
-    case = Case(arguments.backend, partial=True, steps=4, checkpoint_every=2, eval_every=2, flush_seconds=0.05)
+    case = Case(arguments.backend, partial=True, steps=3, checkpoint_every=1, eval_every=3, flush_seconds=0.05)
     changes: list[Change] = []
     died: list[Death] = []
     with tempfile.TemporaryDirectory() as directory, ProcessPoolExecutor(arguments.parallel) as pool:

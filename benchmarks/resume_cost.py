@@ -89,7 +89,7 @@ def save_stall(backend: str, directory: Path, *, asynchronous: bool) -> dict[str
 
 def one_kill(backend: str, kind: Kind, directory: Path, *, seed: int) -> dict[str, Any]:
     """Kill a run once, between two saves; continue it with its journal, and a copy of it without."""
-    file = Case(backend, steps=EVERY + 5, checkpoint_every=EVERY, eval_every=0).write(directory)
+    file = Case(backend, steps=EVERY + 8, checkpoint_every=EVERY, eval_every=0).write(directory)
     paths = paths_of(file)
     submit = Submit(file)
     wait_for_step(submit, EVERY + 2)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from contextlib import suppress
 from multiprocessing.connection import Connection
 
 from miles.errors import DataError
@@ -16,7 +17,7 @@ from miles.rewards.processes import Call, Outcome, judge
 
 
 def serve(connection: Connection) -> None:
-    """Load the grader, say so, then answer calls until the parent is gone."""
+    """Load the grader, say so, then answer calls until the parent is gone: EOFError or OSError."""
     # Signals that announce the end of the job go to every process of it; this one ends with its parent.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
@@ -28,10 +29,7 @@ def serve(connection: Connection) -> None:
         return
     connection.send(None)
     while True:
-        try:
-            call: Call = connection.recv()
-        except EOFError:
-            return
+        call: Call = connection.recv()
         try:
             result = function(call.prompt, call.response, call.label, call.metadata, **args)
         except Exception as error:  # whatever user code raises
@@ -41,4 +39,5 @@ def serve(connection: Connection) -> None:
 
 
 if __name__ == "__main__":
-    serve(Connection(int(sys.argv[1])))
+    with suppress(EOFError, OSError):
+        serve(Connection(int(sys.argv[1])))

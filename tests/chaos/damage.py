@@ -45,10 +45,18 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 
 
 def needed_files(paths: RunPaths, stage: str) -> list[Path]:
-    """What a continuing command reads: the newest checkpoint and the journal after it. Relative to the run."""
+    """What a continuing command reads: the newest checkpoint and the journal after it. Relative to the run.
+
+    Without the temporary file of the write at which the run was killed: nothing reads that.
+    """
     newest = max(paths.checkpoints(stage).glob("step-*"))
     later = [step for step in sorted(paths.journal(stage).glob("step-*")) if step.name > newest.name]
-    files = [file for directory in (newest, *later) for file in sorted(directory.rglob("*")) if file.is_file()]
+    files = [
+        file
+        for directory in (newest, *later)
+        for file in sorted(directory.rglob("*"))
+        if file.is_file() and file.suffix != ".tmp"
+    ]
     return [file.relative_to(paths.root) for file in files]
 
 
