@@ -10,10 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from miles.config.base import Mark, Section
 from miles.config.fields import section_type
 from miles.config.positions import KeyPath
 from miles.config.problems import shown
-from miles.config.schema import Mark, RlStep, RunConfig, Schedule, Section, SftStep, StepBase
+from miles.config.schema import RlStep, RunConfig, Schedule, SftStep, StepBase
 from miles.config.source import dotted
 
 

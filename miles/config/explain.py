@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass
 
+from miles.config.base import Mark
 from miles.config.fields import (
     RUN_KEYS,
     SECTIONS,
@@ -24,7 +25,6 @@ from miles.config.fields import (
 )
 from miles.config.files import preset_names
 from miles.config.problems import shown
-from miles.config.schema import Mark
 from miles.errors import ConfigError, did_you_mean
 
 EXTENDS = (

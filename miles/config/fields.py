@@ -17,8 +17,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from miles.config import schema
-from miles.config.schema import RunConfig, Section, StepBase
+from miles.config import cluster, schema
+from miles.config.base import Section
+from miles.config.schema import RunConfig, StepBase
 
 STEP_KINDS: dict[str, type[StepBase]] = {
     "tiny-task": schema.TinyTaskStep,
@@ -41,6 +42,8 @@ SECTIONS: dict[str, type[Section]] = {
     "journal": schema.JournalSection,
     "local": schema.LocalSection,
     "tracking": schema.TrackingSection,
+    "slurm": cluster.SlurmSection,
+    "container": cluster.ContainerSection,
 }
 """Sections that may stand at the top level (defaults of every step that has them) and in a step."""
 
@@ -139,7 +142,8 @@ def docstrings() -> dict[tuple[str, str], str]:
     Pydantic can collect them itself, but does so whenever the schema is imported, which costs 0.05 s.
     """
     found = {}
-    for node in ast.parse(inspect.getsource(schema)).body:
+    modules = (schema, cluster)
+    for node in [node for module in modules for node in ast.parse(inspect.getsource(module)).body]:
         if isinstance(node, ast.ClassDef):
             for field, text in pairwise(node.body):
                 match field, text:

@@ -10,39 +10,17 @@ follows from that is in `miles.config.changes`.
 
 from __future__ import annotations
 
-from enum import Enum, StrEnum
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from enum import StrEnum
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-NonNegativeInt = Annotated[int, Field(ge=0)]
+from miles.config.base import MayChange, NonNegativeInt, Section
+from miles.config.cluster import ContainerSection, SlurmSection
+
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 FromString = Field(strict=False)
 """For enums: TOML has only their strings, which strict mode would refuse."""
-
-
-class Mark(Enum):
-    """Marks of single keys."""
-
-    MAY_CHANGE = "may change"
-    """The key says how the work is laid out, bounded or watched; state that exists stays as good as it was."""
-
-
-_T = TypeVar("_T")
-MayChange = Annotated[_T, Mark.MAY_CHANGE]
-"""Of a key without it, the first value holds for the life of the run."""
-
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, types are not coerced, instances are frozen."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        strict=True,
-        allow_inf_nan=False,
-        defer_build=True,  # building every section's own validator at import costs 0.1 s
-    )
 
 
 class Backend(StrEnum):
@@ -358,6 +336,8 @@ class StepBase(Section):
 
     needs: list[str] = []
     """Steps that must be done before; every `step:NAME/...` reference adds NAME by itself."""
+    slurm: SlurmSection = Field(default_factory=SlurmSection)
+    container: ContainerSection = Field(default_factory=ContainerSection)
 
 
 class TinyTaskStep(StepBase):

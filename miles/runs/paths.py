@@ -73,6 +73,33 @@ class RunPaths:
         return self.root / "discarded"
 
     @property
+    def jobs(self) -> Path:
+        """The ledger of submitted Slurm jobs, JSON lines."""
+        return self.root / "jobs.jsonl"
+
+    @property
+    def scripts(self) -> Path:
+        """Directory of the batch scripts, exactly as they were submitted."""
+        return self.root / "sbatch"
+
+    @property
+    def stop_request(self) -> Path:
+        """Exists while somebody wants the run to stop for good, not to go on in another job."""
+        return self.root / "stop.json"
+
+    def allocation(self, job: int, restart: int) -> Path:
+        """What the head of a Slurm allocation tells its other nodes."""
+        return self.root / "allocations" / f"{job}-{restart}.json"
+
+    def nodes(self, attempt: int) -> Path:
+        """Directory in which the nodes of an attempt report to its head."""
+        return self.logs(attempt) / "nodes"
+
+    def slurm_log(self, step: str, job: int | str) -> Path:
+        """Output of a job's batch script, and what Slurm itself says about it. `%j` stands for any job's id."""
+        return self.all_logs / f"slurm-{step}-{job}.out"
+
+    @property
     def save_request(self) -> Path:
         """Exists while somebody waits for a checkpoint (`miles save`)."""
         return self.root / "save-request"

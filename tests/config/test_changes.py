@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from miles.config.base import Mark
 from miles.config.changes import config_changes, lasting_values
 from miles.config.fields import SECTIONS, all_keys
 from miles.config.load import load_run
-from miles.config.schema import Mark
 
 FILE = """
 name = "r"
