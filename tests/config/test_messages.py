@@ -63,7 +63,7 @@ CASES = {
     ),
     "section that the kind does not have": (
         STEPS + "[steps.report]\nkind = 'report'\nrollout.group_size = 4",
-        "run.toml:10: steps.report.rollout: a step of kind report has no section rollout (its sections: slurm, container)",
+        "steps.report.rollout: a step of kind report has no section rollout (its sections: slurm, container)",
         "fix: remove it, or move it to a step of kind rl or eval",
     ),
     "unknown key in a reward": (
