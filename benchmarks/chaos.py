@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 
 from agreement import machine  # noqa: E402
 
-from tests.chaos.audit import audit  # noqa: E402
+from tests.chaos.audit import LOG_FINDING, audit  # noqa: E402
 from tests.chaos.kills import Kind, Life, Plan, torment  # noqa: E402
 from tests.chaos.run import Case, Undisturbed, finish, paths_of  # noqa: E402
 from tests.chaos.shim import Shim  # noqa: E402
@@ -135,7 +135,8 @@ def document(case: Case, seconds: float, runs: list[dict[str, Any]]) -> dict[str
         "seconds_to_first_token": spread(submits, "first_token_seconds"),
         "seconds_to_first_step": spread(submits, "first_step_seconds"),
         "runs": len(runs),
-        "runs_bit_identical": sum(not run["findings"] for run in runs),
+        "runs_bit_identical": sum(all(f.startswith(LOG_FINDING) for f in run["findings"]) for run in runs),
+        "runs_with_a_traceback_in_a_log": sum(bool(run["findings"]) for run in runs),
         "records": runs,
     }
 

@@ -186,6 +186,7 @@ def process_findings(paths: RunPaths) -> list[str]:
     return [f"still runs: process {pid}, {command}" for pid, command in found.items()]
 
 
+LOG_FINDING = "a traceback in "
 LOST_NEIGHBOUR = re.compile(
     r"^(?:\[rank\d+\]: )?RuntimeError: .*gloo.*(?:Connection closed by peer|Connection reset)", re.M
 )
@@ -197,7 +198,7 @@ def log_findings(paths: RunPaths) -> list[str]:
     Except of a rank whose neighbour was killed, and which says so: gloo raises where it happens to wait.
     """
     logs = [paths.driver_log, *sorted(paths.all_logs.glob("attempt-*/*.log"))]
-    return [f"a traceback in {log}" for log in logs if _stacks(log.read_text(errors="replace"))]
+    return [f"{LOG_FINDING}{log}" for log in logs if _stacks(log.read_text(errors="replace"))]
 
 
 def _stacks(text: str) -> int:
