@@ -8,8 +8,9 @@
    continued without its journal: what a system has that saves at fixed intervals and keeps no rollouts.
 
 Tokens drawn are the engine's own count, asked just before the kill; those that it drew since then are not in it. Tokens
-on the disk are those of the journal (or of its steps up to the checkpoint). There are no evaluations. After a SIGTERM
-the count is less than what is found, for the stopping run still draws: then nothing is lost.
+on the disk are those of the journal (or of its steps up to the checkpoint). Those of the evaluation before the first
+step are taken off; there are no others. A negative loss means that the run still drew tokens after it was asked to
+stop, or that the engine restarted by itself: then nothing is lost.
 Writes benchmarks/results/resume-cost-BACKEND.json.
 """
 
@@ -40,7 +41,18 @@ from miles.runs.journal.show import show_steps  # noqa: E402
 from miles.runs.metrics import read_metrics  # noqa: E402
 from miles.runs.paths import RunPaths  # noqa: E402
 from tests.chaos.kills import SIGNALS, Kind, Life, watch  # noqa: E402
-from tests.chaos.run import STAGE, Case, Submit, finish, kill, last_step, paths_of, processes, wait_for_step  # noqa: E402
+from tests.chaos.run import (  # noqa: E402  # noqa: E402
+    HELDOUT_PROMPTS,
+    STAGE,
+    Case,
+    Submit,
+    finish,
+    kill,
+    last_step,
+    paths_of,
+    processes,
+    wait_for_step,
+)
 
 EVERY = 5
 KINDS = (Kind.RANK, Kind.ENGINE, Kind.DRIVER, Kind.ALL, Kind.TERM)
@@ -132,9 +144,10 @@ def go_on(file: Path, step: int) -> dict[str, float]:
 
 
 def tokens_drawn(paths: RunPaths) -> int:
-    """Tokens that the engines of the running attempt have drawn."""
+    """Tokens that the engines of the running attempt have drawn, without those of the first evaluation."""
+    first = next(line for line in read_metrics(paths) if line.stage == STAGE)
+    total = -round(first.values["eval/length_mean"] * HELDOUT_PROMPTS)
     token = paths.engine_token.read_text().strip()
-    total = 0
     for endpoint in read_endpoints(paths.engines(read_attempts(paths)[-1].number)):
         request = urllib.request.Request(f"{endpoint.url}/server_info", headers={"Authorization": f"Bearer {token}"})
         with urllib.request.urlopen(request, timeout=30) as answer:

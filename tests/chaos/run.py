@@ -37,6 +37,8 @@ def grade(prompt, response, label, metadata):
     return float(sum(map(ord, response)) % 2)
 '''
 
+HELDOUT_PROMPTS = 8
+
 RUN_FILE = """
 name = "proof"
 seed = 3
@@ -60,7 +62,7 @@ kind = "tiny-task"
 architecture = "qwen3-moe"
 hidden_size = {hidden_size}
 train_prompts = 40      # the epochs change in the middle of the run
-heldout_prompts = 8
+heldout_prompts = {heldout_prompts}
 
 [steps.warmup]
 kind = "sft"
@@ -133,6 +135,7 @@ class Case:
         directory.mkdir(parents=True)
         (directory / "grader.py").write_text(GRADER)
         text = RUN_FILE.format(
+            heldout_prompts=HELDOUT_PROMPTS,
             directory=directory,
             backend=self.backend,
             ranks=self.ranks,
