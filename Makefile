@@ -18,10 +18,10 @@ TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 SHELL_FILES = .ci/run $(shell git ls-files '*.sh')
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart install test lint format bench chaos writes damage docs clean
+.PHONY: help quickstart install test test-slurm lint format bench chaos writes damage docs clean
 
 help: ## List these commands
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
 
 quickstart: $(INSTALLED) ## Train a tiny model on this machine and write its report
 	$(BIN)/miles submit workflows/quickstart.toml --local
@@ -30,6 +30,9 @@ install: $(INSTALLED) ## Create the virtual environment and install Miles into i
 
 test: $(INSTALLED_DEV) ## Run the tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-slurm: $(INSTALLED_DEV) ## Run the tests on a real Slurm, started on this machine (slurmctld slurmd slurm-client munge)
+	$(BIN)/python -m pytest tests/slurm $(PYTEST_ARGS)
 
 lint: $(INSTALLED_DEV) ## Check style, types and shell files; changes nothing
 	$(BIN)/ruff check .
