@@ -33,6 +33,18 @@ class EndReason(StrEnum):
     """Ended itself because its time was nearly over."""
     FAILED = "failed"
     """The step ended with an error that it explained itself, or could not be started."""
+    PREEMPTED = "preempted"
+    """The cluster took its nodes for another job."""
+    NODE_FAILURE = "node-failure"
+    """A node of its died, or was cut off."""
+    OUT_OF_MEMORY = "out-of-memory"
+    """The system killed it for the memory that it took."""
+    CANCELLED = "cancelled"
+    """Somebody cancelled its job."""
+    REQUEUED = "requeued"
+    """Somebody put its job back into the queue."""
+    KILLED = "killed"
+    """It left no word, and neither did the cluster."""
 
 
 @dataclass(frozen=True, slots=True)
