@@ -6,11 +6,14 @@ is the batch script's (`srun`) and `miles.cluster.container_check`'s. Inside, ev
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+import shlex
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
+import miles
 from miles.config.cluster import ContainerSection
 from miles.errors import ConfigError
 
@@ -20,47 +23,62 @@ PASSED_ENVIRONMENT = (
     *("NCCL_*", "RCCL_*", "GLOO_*", "UCX_*", "FI_*", "TORCH_*", "PYTORCH_*", "OMP_NUM_THREADS"),
     *("USER", "LOGNAME", "LANG", "LC_*", "TZ"),
 )
-"""Variables that reach the container, by name or by the beginning of the name; nothing else does but what is asked for.
+"""Variables that reach the container, by name or by the beginning of the name; others only where a run asks for them.
 """
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\*?")
-_IMAGE_DIRECTORIES = ("/", "/bin", "/etc", "/lib", "/lib64", "/sbin", "/usr", "/usr/bin", "/usr/lib", "/var")
-"""Binding one of these would hide the image's own."""
+_MISREAD = re.compile(r"[:,\\\n]")
+_IMAGE_DIRECTORIES = frozenset(
+    map(Path, ("/", "/bin", "/dev", "/etc", "/lib", "/lib64", "/proc", "/sbin", "/sys", "/usr", "/usr/bin", "/usr/lib"))
+)
+"""A bind over one of these would hide the image's own."""
 
-# Runs on the node, outside the container. Every word of the job's own comes in as "$@" or through the environment, so
-# nothing of it is read as shell. TMPDIR is often one of the job's own that the site makes; a name of ours in it keeps
-# other users' files, and theirs ours, apart. SLURM_JWT is a key to the cluster.
+# The beginning of what runs on the node, outside the container, in /bin/sh. Words of the run reach it as "$@" only, so
+# that none is read as shell. A directory by the user's own name, because others' files lie beside it in /tmp.
 _SCRATCH = """\
 set -u
-umask 077
-temporary=${{MILES_SCRATCH:-${{TMPDIR:-}}}}
-[ -d "$temporary" ] || temporary={scratch}
-temporary=$temporary/miles-$(id -u)
-mkdir -p "$temporary" && [ -O "$temporary" ] && [ ! -L "$temporary" ] || {{
-    echo "miles: $temporary: cannot be made, or belongs to somebody else; set MILES_SCRATCH" >&2
+scratch=${MILES_SCRATCH:-${TMPDIR:-}}
+[ -d "$scratch" ] || scratch=%(scratch)s
+scratch=$scratch/miles-$(id -u)
+mkdir -p -m 700 "$scratch" && [ -O "$scratch" ] && [ ! -L "$scratch" ] || {
+    echo "miles: $scratch cannot be made or is somebody else's: set MILES_SCRATCH to a directory of the node" >&2
     exit 73
-}}
+}
 """
-_PASSED_NAMES = (
-    "$(awk 'BEGIN {{ for (name in ENVIRON) if (name ~ /^({names})$/ && name != \"SLURM_JWT\") print name }}')"
-)
+# SLURM_JWT is a key to the cluster that nothing inside needs.
+_FOR_EACH_PASSED = """\
+for name in $(awk 'BEGIN { for (name in ENVIRON) if (name ~ /^(%(names)s)$/ && name != "SLURM_JWT") print name }'); do
+"""
+# The runtime evaluates values as shell where it is not told not to, and a secret may hold a dollar.
 _APPTAINER = """\
-for name in {passed}; do
-    eval "export {prefix}ENV_$name=\\"\\$$name\\""
+    eval "export %(prefix)sENV_$name=\\"\\$$name\\""
 done
-export {prefix}ENV_TMPDIR="$temporary"
-exec {program} exec --bind "$temporary" {home} "$@"
+export %(prefix)sENV_TMPDIR="$scratch" %(prefix)sENV_MILES_SCRATCH="$scratch" %(prefix)s_NO_EVAL=1
+exec %(runtime)s exec --cleanenv %(home)s --bind "$scratch" "$@"
 """
 _ENROOT = """\
-for name in {passed}; do
     set -- --env "$name" "$@"
 done
-exec enroot start --env TMPDIR="$temporary" {home} --mount "$temporary:$temporary:none:x-create=dir,rbind" "$@"
+export ENROOT_MOUNT_HOME=%(mount_home)s
+set -- %(home)s --env "TMPDIR=$scratch" --env "MILES_SCRATCH=$scratch" "$@"
+exec enroot start --mount "$scratch:$scratch:none:x-create=dir,rbind" "$@"
 """
+# ch-run mounts $TMPDIR of the node as /tmp, and takes over the PATH of the node.
 _CHARLIECLOUD = """\
-export USER="${{USER:-$(id -un)}}" TMPDIR="$temporary"
-exec ch-run {home} "$@"
+export USER="${USER:-$(id -un)}" TMPDIR="${scratch%%/*}"
+inside=/tmp/${scratch##*/}
+exec ch-run --unset-env='!(%(globs)s)' --unset-env=SLURM_JWT %(home)s \\
+    --set-env="TMPDIR=$inside" --set-env="MILES_SCRATCH=$inside" --set-env=PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin "$@"
 """
+
+
+@dataclass(frozen=True, slots=True)
+class Bind:
+    """One directory or file of the node, and where it is seen inside."""
+
+    source: Path
+    target: Path
+    read_only: bool = False
 
 
 def container_command(
@@ -72,7 +90,10 @@ def container_command(
     scratch: str = "/tmp",
     environment: Sequence[str] = (),
 ) -> tuple[str, ...]:
-    """The words to put before the command of a process, to be executed on each node as they are (no shell reads them).
+    """The words to put before the command of a process, executed on each node as they are (no shell may read them).
+
+    The first words are a small script of /bin/sh, which looks up on the node what only the node knows (the variables
+    that Slurm sets for the task, its scratch directory), and then becomes the runtime.
 
     Args:
         run_dir: the run directory; bound, and the working directory inside.
@@ -84,6 +105,136 @@ def container_command(
     Returns: an empty tuple without a container.
 
     Raises:
-        ConfigError: no image; a name or a path that the runtime could misread.
+        ConfigError: no image, or a name or path that the runtime would misread.
     """
-    raise NotImplementedError
+    if section.runtime == "none":
+        return ()
+    image = _image(section)
+    source = source_tree()
+    own = [run_dir, *paths, *([] if source is None else [source])]
+    binds = bound(own, section.binds)
+    names = _names((*PASSED_ENVIRONMENT, *environment, *section.env))
+    runtime = {"enroot": _enroot, "charliecloud": _charliecloud}.get(section.runtime, _apptainer)
+    script, arguments = runtime(section, binds, gpus, names)
+    inside = ["env", f"--chdir={run_dir.absolute()}", "PYTHONNOUSERSITE=1"]
+    if source is not None:
+        inside.append(f"PYTHONPATH={source}")
+    end = ["--"] if section.runtime == "charliecloud" else []
+    begin = _SCRATCH % {"scratch": shlex.quote(scratch)}
+    return ("/bin/sh", "-c", begin + script, "miles-container", *arguments, *section.extra_args, image, *end, *inside)
+
+
+def source_tree() -> Path | None:
+    """The checkout that this Miles runs from, which then runs in the container too; None for an installed one."""
+    root = Path(miles.__file__).resolve().parents[1]
+    return root if (root / "pyproject.toml").is_file() else None
+
+
+def bound(paths: Iterable[Path], given: Sequence[str]) -> tuple[Bind, ...]:
+    """Everything to bind: `paths` where they are, each once, and the user's `HOST[:CONTAINER[:ro]]`, which win.
+
+    A link, or a directory of links such as a snapshot of the Hugging Face cache, comes with what it points to.
+    """
+    wished = [_parse(text) for text in given]
+    taken = {bind.target for bind in wished}
+    found = {path for each in paths for path in _with_link_targets(each)}
+    for path in sorted(found & _IMAGE_DIRECTORIES):
+        raise ConfigError(f"{path} bound into a container would hide the image's own", fix="move the data elsewhere")
+    outer = (path for path in sorted(found) if not any(parent in found for parent in path.parents))
+    binds = (*(Bind(path, path) for path in outer if path not in taken), *wished)
+    for path in (path for bind in binds for path in (bind.source, bind.target)):
+        if _MISREAD.search(str(path)):
+            message = f"{str(path)!r} cannot be bound into a container"
+            raise ConfigError(message, fix="give it a name without colon, comma, backslash and newline")
+    return binds
+
+
+def _with_link_targets(path: Path) -> Iterator[Path]:
+    path = Path(os.path.normpath(path.absolute()))
+    yield path
+    real = path.resolve()
+    if real != path:
+        yield real
+    if not real.is_dir():
+        return
+    for entry in real.iterdir():
+        if entry.is_symlink() and (target := entry.resolve()).exists() and not target.is_relative_to(real):
+            yield target if target.is_dir() or target.parent in _IMAGE_DIRECTORIES else target.parent
+
+
+def _parse(text: str) -> Bind:
+    source, _, rest = text.partition(":")
+    target, _, mode = rest.partition(":")
+    if not source.startswith("/") or (target and not target.startswith("/")) or mode not in ("", "ro", "rw"):
+        message = f'container.binds: "{text}" is not HOST[:CONTAINER[:ro]] with absolute paths'
+        raise ConfigError(message, fix='for example "/data/corpora:/data:ro"')
+    return Bind(Path(source), Path(target or source), mode == "ro")
+
+
+def _image(section: ContainerSection) -> str:
+    if not section.image:
+        message = f'container.runtime = "{section.runtime}" needs container.image'
+        raise ConfigError(message, fix="name the image; `miles container build IMAGE` makes one")
+    if section.image.startswith("-"):
+        raise ConfigError(f'container.image = "{section.image}" begins with a dash', fix="name its path")
+    return section.image
+
+
+def _names(names: Iterable[str]) -> tuple[str, ...]:
+    for name in names:
+        if not _NAME.fullmatch(name):
+            message = f'"{name}" is not the name of an environment variable, nor the beginning of one and a *'
+            raise ConfigError(message, fix="correct container.env")
+    return tuple(dict.fromkeys(names))
+
+
+def _for_each_passed(names: Iterable[str]) -> str:
+    return _FOR_EACH_PASSED % {"names": "|".join(name.replace("*", ".*") for name in names)}
+
+
+_Words = tuple[str, list[str]]
+"""The end of the script, and the runtime's arguments."""
+
+
+def _apptainer(section: ContainerSection, binds: Sequence[Bind], gpus: bool, names: Sequence[str]) -> _Words:
+    flags = {"nvidia": ["--nv"], "rocm": ["--rocm"], "none": []}[_gpu(section, gpus)]
+    words = [word for bind in binds for word in ("--bind", _colons(bind) + (":ro" if bind.read_only else ""))]
+    script = _for_each_passed(names) + _APPTAINER % {
+        "runtime": section.runtime,
+        "prefix": section.runtime.upper(),
+        "home": "" if section.home else '--no-mount home,cwd --home "$scratch"',
+    }
+    return script, [*flags, *words]
+
+
+def _enroot(section: ContainerSection, binds: Sequence[Bind], gpus: bool, names: Sequence[str]) -> _Words:
+    wanted = _gpu(section, gpus)
+    visible = "all" if wanted == "nvidia" else "void"
+    words = ["--env", f"NVIDIA_VISIBLE_DEVICES={visible}", "--env", "NVIDIA_DRIVER_CAPABILITIES=compute,utility"]
+    devices = [Bind(path, path) for path in (Path("/dev/kfd"), Path("/dev/dri")) if wanted == "rocm"]
+    for bind in (*devices, *binds):
+        if re.search(r"\s", _colons(bind)):
+            raise ConfigError(f"enroot cannot bind a path with a space: {_colons(bind)!r}", fix="give it another name")
+        words += ["--mount", f"{_colons(bind)}:none:x-create=auto,rbind" + (",ro" if bind.read_only else "")]
+    mount_home, home = ("y", "") if section.home else ("n", '--env "HOME=$scratch"')
+    return _for_each_passed(names) + _ENROOT % {"mount_home": mount_home, "home": home}, words
+
+
+def _charliecloud(section: ContainerSection, binds: Sequence[Bind], gpus: bool, names: Sequence[str]) -> _Words:
+    for bind in binds:
+        if bind.read_only:
+            raise ConfigError(f"charliecloud cannot bind {bind.source} read-only", fix="leave out `:ro`")
+    words = [word for bind in binds for word in ("--bind", _colons(bind))]
+    home = "--home" if section.home else '--set-env="HOME=$inside"'
+    script = _CHARLIECLOUD % {"globs": "|".join((*names, "HOME")), "home": home}
+    return script, words
+
+
+def _colons(bind: Bind) -> str:
+    return f"{bind.source}:{bind.target}"
+
+
+def _gpu(section: ContainerSection, gpus: bool) -> str:
+    if section.gpu != "auto":
+        return section.gpu
+    return "nvidia" if gpus else "none"
