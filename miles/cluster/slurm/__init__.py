@@ -1,0 +1,1 @@
+"""Slurm: scripts, commands, states, submission."""
