@@ -2,18 +2,19 @@
 
 An attempt is one start of one step. Its number is claimed by creating its log directory, which one process
 can do once; the ledger then gets one line when it starts and one when it ends. An attempt without an end
-line whose process is gone was killed.
+line whose process is gone was killed; in a Slurm job the next attempt finds out how, and writes the line for it.
 """
 
 from __future__ import annotations
 
 import os
-import socket
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 
 from miles.runs.files import append_json, disk_errors, read_json_lines
+from miles.runs.identity import node_name
 from miles.runs.paths import RunPaths
 
 
@@ -48,6 +49,23 @@ class EndReason(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """Where an attempt runs in a Slurm job, and what the step had on disk when it began."""
+
+    job: int
+    restart: int
+    """How often the job had been put back into the queue."""
+    nodes: Sequence[str]
+    """Names of the nodes, the head first."""
+    ranks: int
+    """Trainer ranks of all nodes together: the world size."""
+    output: int
+    """Bytes that the output file of the job had: what Slurm said since then is about this attempt."""
+    progress: Sequence[int]
+    """What was on disk: training steps, and bytes of the journal after them. It grows, or there was no progress."""
+
+
+@dataclass(frozen=True, slots=True)
 class Attempt:
     """One start of one step."""
 
@@ -65,9 +83,11 @@ class Attempt:
     """What a person should know about the end: the error's message."""
     exit_code: int | None = None
     """Exit code of the process that ran the step, as documented in docs/cli.md."""
+    place: Place | None = None
+    """None: not in a Slurm job."""
 
 
-def begin_attempt(paths: RunPaths, step: str, *, note: str = "") -> int:
+def begin_attempt(paths: RunPaths, step: str, *, note: str = "", place: Place | None = None) -> int:
     """Claim the next attempt number, make its log directory, write the start line; returns the number."""
     with disk_errors(paths.all_logs):
         paths.all_logs.mkdir(exist_ok=True)
@@ -83,7 +103,8 @@ def begin_attempt(paths: RunPaths, step: str, *, note: str = "") -> int:
         link.symlink_to(paths.logs(number).name)
         link.replace(paths.latest_logs)
     start = {"event": "start", "attempt": number, "step": step, "time": time.time(), "note": note}
-    append_json(paths.attempts, start | {"host": socket.gethostname(), "pid": os.getpid()})
+    where = {} if place is None else {"place": asdict(place)}
+    append_json(paths.attempts, start | {"host": node_name(), "pid": os.getpid()} | where)
     return number
 
 
@@ -99,7 +120,10 @@ def read_attempts(paths: RunPaths) -> list[Attempt]:
     for record in read_json_lines(paths.attempts):
         number = record["attempt"]
         if record["event"] == "start":
-            attempts[number] = Attempt(number, record["step"], record["host"], record["time"], record["note"])
+            place = Place(**record["place"]) if "place" in record else None
+            attempts[number] = Attempt(
+                number, record["step"], record["host"], record["time"], record["note"], place=place
+            )
         else:
             attempts[number] = replace(
                 attempts[number],

@@ -3,6 +3,9 @@
 After a node failed or was cut off, processes of the attempt before may still run there. The number of a claim is their
 fence: they look for a newer one before they put anything into place.
 
+A process of another node cannot be asked whether it lives, but of one in a Slurm job the job tells: a later run of the
+same job, or anybody who knows that the job has ended, takes the run over.
+
 Claims are numbered files, `claims/000001.json`, and the highest number counts. A claim is taken by hard-
 linking a complete file to the next number, which exactly one process can do; it ends when its owner marks
 it released or is no longer alive. Numbers never go down, so a claimant that was overtaken cannot undo the
@@ -14,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -39,6 +43,10 @@ class Holder:
     identity: ProcessIdentity
     since: float
     """Unix time, in seconds."""
+    job: int | None = None
+    """The Slurm job in which it runs; None: in no job."""
+    restart: int = 0
+    """How often that job had been put back into the queue."""
 
 
 class Claim:
@@ -53,9 +61,15 @@ class Claim:
         """A holder that died without releasing the run; None: there was none."""
 
     @classmethod
-    def acquire(cls, paths: RunPaths) -> Claim:
-        """Claim the run for the calling process. Raises RunError when a live process holds it."""
-        holder = Holder(ProcessIdentity.of(), time.time())
+    def acquire(
+        cls, paths: RunPaths, *, job: int | None = None, restart: int = 0, live_jobs: Collection[int] | None = None
+    ) -> Claim:
+        """Claim the run for the calling process, which runs in the `restart`-th run of a Slurm job, or in none.
+
+        `live_jobs`: the user's jobs that have not ended; None: not known. Raises RunError when somebody holds the run
+        who is not known to have ended.
+        """
+        holder = Holder(ProcessIdentity.of(), time.time(), job, restart)
         with disk_errors(paths.claims):
             paths.claims.mkdir(exist_ok=True)
             temporary = paths.claims / f".{holder.identity.host}-{holder.identity.pid}-{time.time_ns()}.tmp"
@@ -63,7 +77,7 @@ class Claim:
                 write_new(temporary, _text(holder, released=False))
                 while True:
                     number, previous = _newest(paths)
-                    if previous is not None and previous.identity.alive():
+                    if previous is not None and _holds(previous, holder, live_jobs):
                         raise _in_use(paths, number, previous)
                     path = _file(paths, number + 1)
                     try:
@@ -128,11 +142,21 @@ def current_holder(paths: RunPaths) -> Holder | None:
     return holder if holder is not None and holder.identity.alive() else None
 
 
-def refuse_if_held(paths: RunPaths) -> None:
-    """Raise RunError when a live process drives the run."""
+def refuse_if_held(paths: RunPaths, *, live_jobs: Collection[int] | None = None) -> None:
+    """Raise RunError when a live process drives the run; `live_jobs` as in `Claim.acquire`."""
     number, holder = _newest(paths)
-    if holder is not None and holder.identity.alive():
+    if holder is not None and _holds(holder, None, live_jobs):
         raise _in_use(paths, number, holder)
+
+
+def _holds(holder: Holder, claimant: Holder | None, live_jobs: Collection[int] | None) -> bool:
+    """Whether somebody who has not released the run keeps it from a claimant."""
+    if holder.job is not None:
+        if live_jobs is not None and holder.job not in live_jobs:
+            return False
+        if claimant is not None and claimant.job == holder.job and claimant.restart > holder.restart:
+            return False
+    return holder.identity.alive()
 
 
 def _newest(paths: RunPaths) -> tuple[int, Holder | None]:
@@ -163,7 +187,9 @@ def _record(paths: RunPaths, number: int) -> dict[str, Any] | None:
 
 
 def _parse(record: dict[str, Any]) -> Holder:
-    return Holder(ProcessIdentity.parse(record["process"]), record["since"])
+    return Holder(
+        ProcessIdentity.parse(record["process"]), record["since"], record.get("job"), record.get("restart", 0)
+    )
 
 
 def _file(paths: RunPaths, number: int) -> Path:
@@ -172,15 +198,20 @@ def _file(paths: RunPaths, number: int) -> Path:
 
 def _text(holder: Holder, *, released: bool) -> str:
     record = {"process": holder.identity.record(), "since": holder.since, "released": released}
+    if holder.job is not None:
+        record |= {"job": holder.job, "restart": holder.restart}
     return json.dumps(record) + "\n"
 
 
 def _in_use(paths: RunPaths, number: int, holder: Holder) -> RunError:
     since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder.since))
-    who = f"process {holder.identity.pid} on {holder.identity.host}, since {since}"
+    job = "" if holder.job is None else f" in job {holder.job}"
+    who = f"process {holder.identity.pid} on {holder.identity.node or holder.identity.host}{job}, since {since}"
     name = paths.root.name
     if holder.identity.local:
         fix = f"`miles watch {name}` shows it, `miles stop {name}` ends it"
+    elif holder.job is not None:
+        fix = f"`miles watch {name}` shows it, `miles stop {name}` stops its job"
     else:
         fix = f"`miles stop {name}` on that host ends it; if that host is gone, remove {_file(paths, number)}"
     return RunError(f"run '{name}' is in use by {who}", fix=fix)
