@@ -67,8 +67,8 @@ exec enroot start --mount "$scratch:$scratch:none:x-create=dir,rbind" "$@"
 _CHARLIECLOUD = """\
 export USER="${USER:-$(id -un)}" TMPDIR="${scratch%%/*}"
 inside=/tmp/${scratch##*/}
-exec ch-run --unset-env='!(%(globs)s)' --unset-env=SLURM_JWT %(home)s \\
-    --set-env="TMPDIR=$inside" --set-env="MILES_SCRATCH=$inside" --set-env=PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin "$@"
+exec ch-run --unset-env='!(%(globs)s)' --unset-env=SLURM_JWT %(home)s --set-env="TMPDIR=$inside" \\
+    --set-env="MILES_SCRATCH=$inside" --set-env=PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin "$@"
 """
 
 
