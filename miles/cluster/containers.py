@@ -97,7 +97,7 @@ def container_command(
 
     Args:
         run_dir: the run directory; bound, and the working directory inside.
-        paths: further files and directories that the process reads (models, data, graders); bound.
+        paths: further files and directories that the process reads; bound. Of a step: `fingerprint.user_paths`.
         gpus: whether the step has GPUs; `container.gpu = "auto"` then brings in their driver.
         scratch: directory of each node for temporary files, where neither MILES_SCRATCH nor TMPDIR names one there.
         environment: names of variables that pass besides `PASSED_ENVIRONMENT`: the job's own, and its secrets.

@@ -84,6 +84,11 @@ def inputs_of(config: RunConfig, name: str, fingerprints: dict[str, str]) -> Inp
 
 def user_files(step: AnyStep) -> list[str]:
     """Paths of the model, data and grader files of a step that are the user's own, directories expanded."""
+    return list(dict.fromkeys(file for path in user_paths(step) for file in _expand(path)))
+
+
+def user_paths(step: AnyStep) -> list[Path]:
+    """The same as the run file names them: directories as one."""
     named: list[str | None] = []
     if isinstance(step, SftStep | RlStep | EvalStep):
         named += [step.model.path, step.model.tokenizer]
@@ -93,7 +98,7 @@ def user_files(step: AnyStep) -> list[str]:
         named.append(step.eval.data.path if step.eval.data else None)
         named += [grader_file(reward.grader) for reward in step.rewards]
     own = (path for path in named if path is not None and not path.startswith(STEP_PREFIX))
-    return list(dict.fromkeys(file for path in own for file in _expand(Path(path))))
+    return [Path(path) for path in dict.fromkeys(own)]
 
 
 def grader_file(grader: str) -> str | None:
