@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -122,7 +123,8 @@ def test_job_that_may_not_be_requeued_points_to_the_chain(slurm: Testbed, tmp_pa
 
 
 def test_estimated_start_is_a_time_and_submits_nothing(slurm: Testbed, tmp_path: Path) -> None:
-    assert "on nodes n1" in QUICK.test_only(write_script(tmp_path, "true"))
+    told = QUICK.test_only(write_script(tmp_path, "true"))
+    assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d using 1 processors on nodes n1", told)
     assert slurm.run("squeue", "-h") == ""
 
 

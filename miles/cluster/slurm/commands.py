@@ -22,6 +22,7 @@ from miles.cluster.slurm.states import (
     parse_sacct,
     parse_scontrol_job,
     parse_squeue,
+    unix_time,
 )
 from miles.errors import RunError
 
@@ -69,7 +70,7 @@ class Slurm:
         options = [f"--dependency={dependency}", "--kill-on-invalid-dep=yes"] if dependency else []
         output = self._run("sbatch", "--parsable", *options, str(script), changes=True)
         number = output.strip().splitlines()[-1].split(";")[0] if output.strip() else ""
-        if not number.isdigit():
+        if not number.isdecimal():
             raise SlurmError(
                 f"sbatch accepted {script} and named no job: {output.strip()!r}",
                 fix="`squeue --me` shows whether it was submitted",
@@ -77,10 +78,14 @@ class Slurm:
         return int(number)
 
     def test_only(self, script: Path) -> str:
-        """When and where Slurm would start this script now: `2026-11-23T03:30:49 using 2 processors on nodes ...`."""
+        """When and where Slurm would start this script now: `2026-11-23 03:30:49 using 2 processors on nodes ...`."""
         output = self._run("sbatch", "--test-only", str(script))
-        found = re.search(r"to start at (.*)", output)
-        return found[1].strip() if found else output.strip()
+        found = re.search(r"to start at (\S+)(.*)", output)
+        if found is None:
+            return output.strip()
+        start = unix_time(found[1])
+        shown = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(start)) if start is not None else found[1]
+        return f"{shown}{found[2]}".strip()
 
     def jobs(self, ids: Iterable[int]) -> dict[int, Job]:
         """Those of the jobs that the controller knows: waiting, running, and ended minutes ago (MinJobAge)."""

@@ -100,4 +100,4 @@ def parse_config(text: str) -> dict[str, str]:
 
 
 def _number(text: str) -> int | None:
-    return int(text) if text.isdigit() else None
+    return int(text) if text.isdecimal() else None

@@ -199,7 +199,7 @@ def parse_squeue(text: str) -> list[Job]:
     jobs = []
     for line in text.splitlines():
         values = [value.strip() for value in line.split("|", len(SQUEUE_FIELDS) - 1)]
-        if len(values) == len(SQUEUE_FIELDS) and values[0].isdigit():
+        if len(values) == len(SQUEUE_FIELDS) and values[0].isdecimal():
             fields = dict(zip(SQUEUE_FIELDS, values, strict=True))
             jobs.append(
                 _job(
@@ -222,7 +222,7 @@ def parse_sacct(text: str) -> list[Job]:
     jobs = []
     for line in text.splitlines():
         values = line.split("|", len(SACCT_FIELDS) - 1)
-        if len(values) == len(SACCT_FIELDS) and values[0].isdigit():
+        if len(values) == len(SACCT_FIELDS) and values[0].isdecimal():
             fields = dict(zip(SACCT_FIELDS, values, strict=True))
             jobs.append(
                 _job(
@@ -303,11 +303,11 @@ def key_values(line: str) -> dict[str, str]:
 
 def unix_time(text: str) -> float | None:
     """Unix seconds of a time as Slurm prints it, local or in seconds; None where it says that there is none."""
-    if text.isdigit():
+    if text.isdecimal():
         return float(text)
     try:
         return time.mktime(time.strptime(text, "%Y-%m-%dT%H:%M:%S"))
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
 
 
@@ -338,7 +338,7 @@ def _expand(part: str) -> list[str]:
     names = []
     for piece in ranges.split(","):
         first, _, last = piece.partition("-")
-        if not (first.isdigit() and (last or first).isdigit()):
+        if not (first.isdecimal() and (last or first).isdecimal()):
             return [part]
         for number in range(int(first), int(last or first) + 1):
             names += [f"{head}{number:0{len(first)}d}{rest}" for rest in _expand(tail)]
@@ -356,4 +356,4 @@ def _exit_code(text: str) -> tuple[int | None, int | None]:
 
 
 def _number(text: str) -> int | None:
-    return int(text) if text.isdigit() else None
+    return int(text) if text.isdecimal() else None
