@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from miles.cli import checkpoints, configure, journal, resume, run, submit
+from miles.cli import checkpoints, configure, container, journal, resume, run, submit
 from miles.errors import Interrupted, MilesError
 
 app = typer.Typer(
@@ -37,6 +37,7 @@ app.command("report")(run.report)
 app.command("runs")(run.runs)
 app.command("init")(configure.init)
 app.add_typer(configure.app, name="config")
+app.add_typer(container.app, name="container")
 app.add_typer(journal.app, name="journal")
 app.command("version")(configure.version)
 

@@ -12,6 +12,7 @@ import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import miles
 from miles.config.cluster import ContainerSection
@@ -124,6 +125,13 @@ def container_command(
     return ("/bin/sh", "-c", begin + script, "miles-container", *arguments, *section.extra_args, image, *end, *inside)
 
 
+def wanted_gpu(section: ContainerSection, gpus: bool) -> Literal["nvidia", "rocm", "none"]:
+    """Whose driver the container needs, for a step with GPUs or without."""
+    if section.gpu != "auto":
+        return section.gpu
+    return "nvidia" if gpus else "none"
+
+
 def source_tree() -> Path | None:
     """The checkout that this Miles runs from, which then runs in the container too; None for an installed one."""
     root = Path(miles.__file__).resolve().parents[1]
@@ -197,7 +205,7 @@ _Words = tuple[str, list[str]]
 
 
 def _apptainer(section: ContainerSection, binds: Sequence[Bind], gpus: bool, names: Sequence[str]) -> _Words:
-    flags = {"nvidia": ["--nv"], "rocm": ["--rocm"], "none": []}[_gpu(section, gpus)]
+    flags = {"nvidia": ["--nv"], "rocm": ["--rocm"], "none": []}[wanted_gpu(section, gpus)]
     words = [word for bind in binds for word in ("--bind", _colons(bind) + (":ro" if bind.read_only else ""))]
     script = _for_each_passed(names) + _APPTAINER % {
         "runtime": section.runtime,
@@ -208,7 +216,7 @@ def _apptainer(section: ContainerSection, binds: Sequence[Bind], gpus: bool, nam
 
 
 def _enroot(section: ContainerSection, binds: Sequence[Bind], gpus: bool, names: Sequence[str]) -> _Words:
-    wanted = _gpu(section, gpus)
+    wanted = wanted_gpu(section, gpus)
     visible = "all" if wanted == "nvidia" else "void"
     words = ["--env", f"NVIDIA_VISIBLE_DEVICES={visible}", "--env", "NVIDIA_DRIVER_CAPABILITIES=compute,utility"]
     devices = [Bind(path, path) for path in (Path("/dev/kfd"), Path("/dev/dri")) if wanted == "rocm"]
@@ -232,9 +240,3 @@ def _charliecloud(section: ContainerSection, binds: Sequence[Bind], gpus: bool, 
 
 def _colons(bind: Bind) -> str:
     return f"{bind.source}:{bind.target}"
-
-
-def _gpu(section: ContainerSection, gpus: bool) -> str:
-    if section.gpu != "auto":
-        return section.gpu
-    return "nvidia" if gpus else "none"

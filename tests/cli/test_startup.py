@@ -25,7 +25,7 @@ except SystemExit as end:
     sys.exit(end.code)
 """
 COMMANDS = ["submit", "resume", "fork", "watch", "status", "logs", "stop", "save", "checkpoints", "export", "report"]
-COMMANDS += ["runs", "init", "version", "config", "config check", "config explain", "config show"]
+COMMANDS += ["runs", "init", "version", "config", "config check", "config explain", "config show", "container build"]
 
 
 def _imported(directory: Path, *arguments: str) -> set[str]:
