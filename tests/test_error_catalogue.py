@@ -199,7 +199,7 @@ def test_run_directory_that_does_not_allow_it(tmp_path: Path, small_disk: Callab
     (tmp_path / "runs/foreign/run.toml").write_text('name = "foreign"\n')
     full, read_only = small_disk("size=1m"), small_disk("ro")
     commands = {
-        "Nothing says where to run": ("submit", "run.toml"),
+        "There is no Slurm where the run is submitted": ("submit", "run.toml"),
         "`miles init` would overwrite a file": ("init", "run.toml"),
         "The directory for runs cannot be written": (*SUBMIT, "--set", f'runs_dir="{read_only}"'),
         "The directory for runs is a file": (*SUBMIT, "--set", f'runs_dir="{tmp_path}/file"'),

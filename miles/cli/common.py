@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rich.console import Console
+
+    from miles.runs.paths import RunPaths
+    from miles.workflow.status import ClusterView
+
+ASK_SLURM_SECONDS = 10.0
+"""How often a view that goes on asks Slurm: its controller serves everybody."""
 
 RunArgument = Annotated[
     str | None,
@@ -54,3 +62,40 @@ def run_argument(run_dir: Path) -> str:
 def continue_command(run_dir: Path) -> str:
     """The command that continues a run from its directory."""
     return f"miles resume {run_argument(run_dir)}"
+
+
+def on_slurm(paths: RunPaths) -> bool:
+    """Whether the run was ever submitted to Slurm."""
+    return paths.scripts.exists()
+
+
+def cluster_views(paths: RunPaths, *, every: float = ASK_SLURM_SECONDS) -> Callable[[], ClusterView]:
+    """Gives what Slurm says about the run's jobs, asking it every few seconds only; nothing for a run without jobs."""
+    from miles.workflow.status import ClusterView
+
+    if not on_slurm(paths):
+        return ClusterView
+    from miles.cluster.slurm.queue import ViewOfQueue
+
+    return ViewOfQueue(paths, every=every)
+
+
+def run_is_live(paths: RunPaths, views: Callable[[], ClusterView]) -> Callable[[], bool]:
+    """Whether a process drives the run, or jobs of it wait or run."""
+    from miles.runs.claim import current_holder
+
+    def live() -> bool:
+        view = views()
+        if view.jobs and not view.problem:
+            return bool(view.live) or driven_here(paths)
+        return current_holder(paths) is not None
+
+    return live
+
+
+def driven_here(paths: RunPaths) -> bool:
+    """Whether a process drives the run that belongs to no job."""
+    from miles.runs.claim import current_holder
+
+    holder = current_holder(paths)
+    return holder is not None and holder.job is None

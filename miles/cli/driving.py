@@ -1,4 +1,4 @@
-"""Starting a prepared run and showing it to its end: what `submit` and `resume` share."""
+"""Starting a prepared run, here or on Slurm: what `submit` and `resume` share."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import signal
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from miles.cli.common import print_next, run_argument
+from miles.cli.common import on_slurm, print_next, run_argument
 from miles.errors import Interrupted
 
 if TYPE_CHECKING:
@@ -27,11 +27,7 @@ def drive(prepared: Prepared, console: Console, *, detach: bool, last: tuple[str
 
     paths = prepared.paths
     name = run_argument(paths.root)
-    if prepared.set_aside is not None:
-        console.print(f"the earlier run is now {prepared.set_aside}", soft_wrap=True)
-    console.print(f"run directory: {paths.root}", soft_wrap=True)
-    for change in prepared.changes:
-        console.print(f"changed: {change}", markup=False, soft_wrap=True)
+    _introduce(prepared, console)
     driver = start_driver(paths)
     if detach:
         console.print(f"started in the background, process {driver.pid}")
@@ -44,6 +40,59 @@ def drive(prepared: Prepared, console: Console, *, detach: bool, last: tuple[str
         return
     watch_run(paths, console, running=_StopOnSignal(driver, console).running)
     _finish(paths, driver, console, last)
+
+
+def submit_jobs(prepared: Prepared, console: Console) -> None:
+    """Hand the run to Slurm, and return: it goes on by itself. Raises what submitting raises."""
+    from miles.cluster.slurm.commands import Slurm
+    from miles.cluster.slurm.submit import submit_run
+
+    paths = prepared.paths
+    name = run_argument(paths.root)
+    _introduce(prepared, console)
+    with console.status("submitting"):
+        records = submit_run(paths, Slurm())
+    if not records:
+        console.print(f"run '{paths.root.name}' is done: nothing is submitted")
+        print_next(console, (f"miles report {name}", "the report"), (f"miles status {name}", "its steps"))
+        return
+    for record in records:
+        after = f", {record.dependency}" if record.dependency else ""
+        console.print(f"job {record.job}: step {record.step}{after}", markup=False, soft_wrap=True)
+    print_next(
+        console,
+        (f"miles watch {name}", "follow it"),
+        (f"miles logs {name} -f", "read its logs"),
+        (f"miles stop {name}", "stop it with everything saved"),
+    )
+
+
+def refuse_if_busy(paths: RunPaths) -> None:
+    """Raise RunError when a process drives the run, or jobs of it wait or run on Slurm.
+
+    A job that ended without a word leaves its claim, which processes elsewhere cannot judge: it is released here.
+    """
+    from miles.runs.claim import Claim, current_holder, refuse_if_held
+
+    if on_slurm(paths):
+        from miles.cluster.slurm.commands import Slurm
+        from miles.cluster.slurm.submit import live_ids, refuse_live_jobs
+
+        slurm = Slurm()
+        refuse_live_jobs(paths, slurm)
+        holder = current_holder(paths)
+        if holder is not None and holder.job is not None:
+            with Claim.acquire(paths, live_jobs=live_ids(paths, slurm)):
+                pass
+    refuse_if_held(paths)
+
+
+def _introduce(prepared: Prepared, console: Console) -> None:
+    if prepared.set_aside is not None:
+        console.print(f"the earlier run is now {prepared.set_aside}", soft_wrap=True)
+    console.print(f"run directory: {prepared.paths.root}", soft_wrap=True)
+    for change in prepared.changes:
+        console.print(f"changed: {change}", markup=False, soft_wrap=True)
 
 
 class _StopOnSignal:

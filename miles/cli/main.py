@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from miles.cli import checkpoints, configure, container, journal, resume, run, submit
+from miles.cli import checkpoints, configure, container, journal, resume, run, slurm, submit
 from miles.errors import Interrupted, MilesError
 
 app = typer.Typer(
@@ -28,8 +28,10 @@ app.command("resume")(resume.resume)
 app.command("fork")(resume.fork)
 app.command("watch")(run.watch)
 app.command("status")(run.status)
+app.command("explain")(slurm.explain)
 app.command("logs")(run.logs)
 app.command("stop")(run.stop)
+app.command("preempt")(slurm.preempt)
 app.command("save")(checkpoints.save)
 app.command("checkpoints")(checkpoints.checkpoints)
 app.command("export")(checkpoints.export)

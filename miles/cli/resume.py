@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from miles.cli.common import RunArgument, SetOption, print_next, run_argument, stdout
-from miles.cli.driving import drive
+from miles.cli.common import RunArgument, SetOption, on_slurm, print_next, run_argument, stdout
+from miles.cli.driving import drive, refuse_if_busy, submit_jobs
 from miles.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -41,14 +41,17 @@ def resume(
         bool, typer.Option("--detach", help="Return at once; the run goes on when the terminal closes.")
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before something is set aside.")] = False,
+    local: Annotated[
+        bool, typer.Option("--local", help="Go on on this machine, also with a run that was submitted to Slurm.")
+    ] = False,
 ) -> None:
     """Continue a run from its directory alone.
 
     It goes on from its newest checkpoint and journal, as `miles submit` with the same file does. With --from
-    or --restart it goes back first; what comes after that is moved into discarded/, never deleted.
+    or --restart it goes back first; what comes after that is moved into discarded/, never deleted. A run that was
+    submitted to Slurm goes on there.
     """
     from miles.config.load import load_resolved
-    from miles.runs.claim import refuse_if_held
     from miles.runs.directory import check_config, find_run
     from miles.workflow.going_back import choose_stage, go_back, parse_step, plan_going_back
     from miles.workflow.prepare import config_with, prepare_resume
@@ -60,7 +63,7 @@ def resume(
         raise ConfigError("--stage says which stage --from means", fix=f"`--stage {stage} --from STEP`")
     paths = find_run(run)
     console = stdout()
-    refuse_if_held(paths)
+    refuse_if_busy(paths)
     config = load_resolved(paths.root)
     check_config(paths, config_with(paths, set_ or []))
     if restart is not None or from_ is not None:
@@ -77,7 +80,10 @@ def resume(
         return
     first = prepared.to_do[0]
     console.print(f"step {first.name}: {opening_note(paths, first) or 'starts from its beginning'}", soft_wrap=True)
-    drive(prepared, console, detach=detach, last=(f"miles checkpoints {named}", "what is saved"))
+    if on_slurm(paths) and not local:
+        submit_jobs(prepared, console)
+    else:
+        drive(prepared, console, detach=detach, last=(f"miles checkpoints {named}", "what is saved"))
 
 
 def _agree(plan: GoingBack, console: Console, *, yes: bool) -> None:

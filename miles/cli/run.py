@@ -1,4 +1,4 @@
-"""Commands about runs that exist: watch, status, logs, stop, report, runs."""
+"""Commands about runs that exist: watch, status, explain, logs, stop, report, runs."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ import typer
 from miles.cli.common import (
     JsonOption,
     RunArgument,
+    cluster_views,
     continue_command,
+    on_slurm,
     print_json,
     print_next,
     run_argument,
+    run_is_live,
     stdout,
 )
 
@@ -25,15 +28,16 @@ def watch(run: RunArgument = None) -> None:
     Ctrl-C leaves the view; the run goes on.
     """
     from miles.reports.watch import print_summary, watch_run
-    from miles.runs.claim import current_holder
     from miles.runs.directory import find_run
 
     paths = find_run(run)
     console = stdout()
+    views = cluster_views(paths)
+    live = run_is_live(paths, views)
     with contextlib.suppress(KeyboardInterrupt):
-        watch_run(paths, console, running=lambda: current_holder(paths) is not None)
+        watch_run(paths, console, running=live, cluster=views)
     name = run_argument(paths.root)
-    if current_holder(paths) is not None:
+    if live():
         print_next(console, (f"miles watch {name}", "the run goes on: look again"), (f"miles stop {name}", "stop it"))
         return
     print_summary(paths, console)
@@ -50,7 +54,7 @@ def status(run: RunArgument = None, json: JsonOption = False) -> None:
     from miles.workflow.status import State
 
     paths = find_run(run)
-    snapshot = take_snapshot(paths)
+    snapshot = take_snapshot(paths, cluster_views(paths)())
     if json:
         last = {line.stage: {"step": line.step, "values": line.values} for line in snapshot.metrics}
         progress = asdict(snapshot.progress) if snapshot.progress else None
@@ -61,13 +65,14 @@ def status(run: RunArgument = None, json: JsonOption = False) -> None:
     console.print(run_view(snapshot, width=console.width))
     name = run_argument(paths.root)
     match snapshot.status.state:
-        case State.RUNNING:
+        case State.RUNNING | State.QUEUED:
             print_next(console, (f"miles watch {name}", "follow it"), (f"miles stop {name}", "stop it"))
         case State.DONE:
             print_next(console, (f"miles report {name}", "the report"))
         case _:
             print_next(
                 console,
+                (f"miles explain {name}", "why it ended"),
                 (f"miles logs {name}", "what its processes said"),
                 (continue_command(paths.root), "continue it"),
             )
@@ -77,25 +82,26 @@ def logs(
     run: RunArgument = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on while the run is driven.")] = False,
     role: Annotated[
-        str | None, typer.Option("--role", help="Only these processes: driver, engine, trainer or step.")
+        str | None, typer.Option("--role", help="Only these processes: driver, job, engine, trainer or step.")
     ] = None,
+    node: Annotated[str | None, typer.Option("--node", help="Only the processes of this node.")] = None,
     attempt: Annotated[
         int | None, typer.Option("--attempt", min=1, help="Attempt number; none: the newest that has such logs.")
     ] = None,
     lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="Last lines of each log.")] = 100,
 ) -> None:
     """Print the logs of a run's processes."""
-    from miles.runs.claim import current_holder
     from miles.runs.directory import find_run
-    from miles.runs.logs import follow_logs, log_tails
+    from miles.runs.logs import Choice, follow_logs, log_tails
 
     paths = find_run(run)
+    choice = Choice(attempt, role, node)
     write = typer.echo
     if follow:
         with contextlib.suppress(KeyboardInterrupt):
-            follow_logs(paths, attempt, role, lines, write, running=lambda: current_holder(paths) is not None)
+            follow_logs(paths, choice, lines, write, running=run_is_live(paths, cluster_views(paths)))
         return
-    texts = list(log_tails(paths, attempt, role, lines))
+    texts = list(log_tails(paths, choice, lines))
     for text in texts or [f"run '{paths.root.name}' has no such logs" if role or attempt else "no logs yet"]:
         write(text)
 
@@ -109,14 +115,24 @@ def stop(
 
     Everything that is needed to continue it is saved first; with --now only what is on disk already counts.
     """
-    from miles.cluster.local import stop_run
+    from miles.cli.common import driven_here
     from miles.runs.directory import find_run
 
     paths = find_run(run)
-    holder = stop_run(paths, now=now, timeout=timeout)
     console = stdout()
     name = run_argument(paths.root)
-    console.print(f"run '{paths.root.name}' is stopped (it was process {holder.identity.pid})")
+    if on_slurm(paths) and not driven_here(paths):
+        from miles.cluster.slurm.commands import Slurm
+        from miles.cluster.slurm.stop import stop_jobs
+
+        with console.status("stopping"):
+            jobs = stop_jobs(paths, Slurm(), now=now, timeout=timeout)
+        console.print(f"run '{paths.root.name}' is stopped (it was {', '.join(map(str, jobs))})", soft_wrap=True)
+    else:
+        from miles.cluster.local import stop_run
+
+        holder = stop_run(paths, now=now, timeout=timeout)
+        console.print(f"run '{paths.root.name}' is stopped (it was process {holder.identity.pid})")
     print_next(
         console,
         (f"miles status {name}", "where it stands"),
@@ -157,7 +173,7 @@ def runs(
     from miles.runs.directory import list_runs
     from miles.workflow.status import State, summarize_run
 
-    found = [summarize_run(paths) for paths in list_runs(directory)]
+    found = [summarize_run(paths, cluster_views(paths)()) for paths in list_runs(directory)]
     if json:
         from dataclasses import asdict
 
@@ -168,12 +184,15 @@ def runs(
         console.print(f"no runs under {directory.absolute()}")
         print_next(console, ("miles init", "write a run file to start from"))
         return
-    table = Table("run", "state", "steps", "time", box=None, header_style="dim", pad_edge=False, padding=(0, 2, 0, 0))
+    table = Table(
+        "run", "state", "steps", "time", "job", box=None, header_style="dim", pad_edge=False, padding=(0, 2, 0, 0)
+    )
     for entry in found:
         state = state_text(entry.state) if entry.state is not None else Text("unreadable", "red")
         steps = f"{entry.done}/{entry.steps}" if entry.state is not None else entry.problem
-        table.add_row(entry.name, state, steps, duration(entry.seconds))
+        jobs = ", ".join(map(str, entry.live_jobs[:3])) + " ..." * (len(entry.live_jobs) > 3)
+        table.add_row(entry.name, state, steps, duration(entry.seconds), jobs)
     console.print(table)
-    running = next((entry for entry in found if entry.state is State.RUNNING), None)
+    running = next((entry for entry in found if entry.state in (State.RUNNING, State.QUEUED)), None)
     name = run_argument(Path((running or found[0]).directory))
     print_next(console, (f"miles watch {name}" if running else f"miles status {name}", "look at it"))

@@ -1,13 +1,14 @@
-"""`miles submit`: start a run, or continue it."""
+"""`miles submit`: start a run, or continue it, on Slurm or on this machine."""
 
 from __future__ import annotations
 
+import shutil
 from typing import Annotated
 
 import typer
 
 from miles.cli.common import FileArgument, SetOption, stdout
-from miles.cli.driving import drive
+from miles.cli.driving import drive, refuse_if_busy, submit_jobs
 from miles.errors import ConfigError
 
 
@@ -15,28 +16,46 @@ def submit(
     file: FileArgument,
     local: Annotated[bool, typer.Option("--local", help="Run on this machine, in processes of its own.")] = False,
     detach: Annotated[
-        bool, typer.Option("--detach", help="Return at once; the run goes on when the terminal closes.")
+        bool, typer.Option("--detach", help="With --local: return at once; the run goes on when the terminal closes.")
     ] = False,
     set_: SetOption = None,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Set an existing run of this name aside and start anew.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the jobs that would be submitted; submit and write nothing.")
+    ] = False,
 ) -> None:
-    """Start the run that FILE describes, or continue it.
+    """Start the run that FILE describes, or continue it, as jobs of Slurm or with --local here.
 
-    Steps that are done are skipped, a step that was interrupted goes on from where it was. Ctrl-C asks the
-    run to stop at the next boundary with everything saved, a second one ends it at once: nothing that is
-    on disk is lost either way.
+    Steps that are done are skipped, a step that was interrupted goes on from where it was. With --local, Ctrl-C asks
+    the run to stop at the next boundary with everything saved, a second one ends it at once: nothing that is on disk
+    is lost either way.
     """
-    if not local:
-        raise ConfigError(
-            "submitting to Slurm is not in this version yet",
-            fix=f"`miles submit {file} --local` runs it on this machine",
-        )
-    from miles.workflow.prepare import prepare_run
+    from miles.workflow.prepare import existing_run, prepare_run, preview_run
 
+    if dry_run and local:
+        raise ConfigError("--dry-run shows jobs of Slurm, and --local has none", fix="leave one of them out")
+    if not local and shutil.which("sbatch") is None:
+        raise ConfigError(
+            "Slurm is not on this machine: there is no sbatch in PATH",
+            fix=f"use a login node of the cluster; `miles submit {file} --local` runs it on this machine",
+        )
     console = stdout()
+    if dry_run:
+        from miles.cli.plan import show_plan
+
+        with console.status("checking the run file, the model and the data"):
+            config, paths = preview_run(file, set_ or [], fresh=fresh)
+        show_plan(config, paths, console, file=file)
+        return
+    existing = existing_run(file, set_ or [])
+    if existing is not None:
+        refuse_if_busy(existing)
     with console.status("checking the run file, the model and the data"):
         prepared = prepare_run(file, set_ or [], fresh=fresh)
-    again = f"miles submit {file} --local --set name=other --set seed=1"
-    drive(prepared, console, detach=detach, last=(again, "the same with another seed"))
+    if local:
+        again = f"miles submit {file} --local --set name=other --set seed=1"
+        drive(prepared, console, detach=detach, last=(again, "the same with another seed"))
+    else:
+        submit_jobs(prepared, console)

@@ -10,7 +10,7 @@ from miles.runs.paths import RunPaths
 from miles.runs.progress import Progress, read_progress
 from miles.workflow.saved import newest_checkpoint
 from miles.workflow.stage import STAGES
-from miles.workflow.status import RunStatus, State, StepStatus, read_status
+from miles.workflow.status import ClusterView, RunStatus, State, StepStatus, read_status
 
 _SCORES = ("eval/reward", "eval/pass@")
 
@@ -73,9 +73,9 @@ class Change:
         return self.after > self.before
 
 
-def take_snapshot(paths: RunPaths) -> Snapshot:
-    """Read the run directory."""
-    status = read_status(paths)
+def take_snapshot(paths: RunPaths, cluster: ClusterView | None = None) -> Snapshot:
+    """Read the run directory; `cluster` says what the cluster knows about the run's jobs."""
+    status = read_status(paths, cluster)
     running = {step.name for step in status.steps if step.state is State.RUNNING}
     progress = read_progress(paths)
     if progress is not None and progress.stage not in running:

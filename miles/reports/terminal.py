@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from rich.console import Group, RenderableType
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -11,10 +13,11 @@ from miles.reports.blocks import column_chart, resample, sparkline
 from miles.reports.snapshot import Change, Snapshot, series
 from miles.runs.metrics import MetricsLine
 from miles.runs.progress import Progress
-from miles.workflow.status import State, StepStatus
+from miles.workflow.status import ClusterView, JobStatus, State, StepStatus
 
 SYMBOLS = {
     State.PENDING: ("·", "dim"),
+    State.QUEUED: ("◌", "cyan"),
     State.RUNNING: ("▶", "bold cyan"),
     State.DONE: ("✓", "green"),
     State.FAILED: ("✗", "bold red"),
@@ -44,6 +47,7 @@ _NO_BREAK = "\u00a0"
 _CHART_HEIGHT = 6
 _CHART_WIDTH = 60
 _WIDEST_COLUMN = 3
+_MOST_JOBS = 6
 
 
 def duration(seconds: float) -> str:
@@ -67,6 +71,7 @@ def run_view(snapshot: Snapshot, *, width: int) -> RenderableType:
     status = snapshot.status
     heading = Text.assemble((status.name, "bold"), "  ", state_text(status.state), "  ", (status.directory, "dim"))
     parts: list[RenderableType] = [heading, Text(), steps_table(snapshot.status.steps)]
+    parts += jobs_lines(status.cluster, now=time.time())
     if snapshot.running is not None and snapshot.progress is not None:
         parts += [Text(), progress_bars(snapshot.progress, finished=snapshot.recorded_steps, left=_time_left(snapshot))]
     elif snapshot.running is not None:
@@ -93,6 +98,37 @@ def steps_table(steps: list[StepStatus]) -> Table:
             remark = ""
         table.add_row(Text(symbol, style), Text(step.name, style), step.kind, time, Text(remark, "dim"))
     return table
+
+
+def jobs_lines(cluster: ClusterView, *, now: float) -> list[RenderableType]:
+    """The jobs that wait or run, else the last one; nothing for a run that was never submitted to a cluster."""
+    shown = cluster.live or cluster.jobs[-1:]
+    if not shown:
+        return []
+    table = Table.grid(padding=(0, 2))
+    for job in shown[:_MOST_JOBS]:
+        style = "cyan" if job.live else "dim"
+        state = job.state or "not known any more"
+        table.add_row(Text(f"job {job.job}", style), job.step, state, job_remark(job, now=now))
+    parts: list[RenderableType] = [Text(), table]
+    if len(shown) > _MOST_JOBS:
+        parts.append(Text(f"and {len(shown) - _MOST_JOBS} more jobs", "dim"))
+    if cluster.problem:
+        parts.append(Text(f"Slurm could not be asked: {_first_line(cluster.problem)}", "yellow"))
+    return parts
+
+
+def job_remark(job: JobStatus, *, now: float) -> str:
+    """What to know about a job: why it waits and until when, or where it runs and for how long."""
+    words = [f"restarted {job.restarts} x"] * (job.restarts > 0)
+    if job.waiting:
+        words += [job.reason] * bool(job.reason)
+        if job.started is not None and job.started > now:
+            words.append(f"starts in about {duration(job.started - now)}")
+    elif job.live:
+        words += [f"on {','.join(job.nodes)}"] * bool(job.nodes)
+        words += [f"{duration(max(0.0, job.ends - now))} of its time left"] if job.ends is not None else []
+    return ", ".join(words)
 
 
 def progress_bars(progress: Progress, *, finished: int, left: str) -> Table:

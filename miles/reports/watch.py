@@ -13,20 +13,30 @@ from rich.console import Console
 from rich.live import Live
 
 from miles.reports.snapshot import Snapshot, evaluation_changes, take_snapshot
-from miles.reports.terminal import changes_table, duration, plain_line, run_view
+from miles.reports.terminal import changes_table, duration, job_remark, plain_line, run_view
 from miles.runs.paths import RunPaths
-from miles.workflow.status import State
+from miles.workflow.status import ClusterView, State
 
 _REFRESH_SECONDS = 0.5
 _PLAIN_SECONDS = 2.0
 
 
-def watch_run(paths: RunPaths, console: Console, *, running: Callable[[], bool]) -> None:
-    """Show a run while `running()`, and once more when it has ended."""
+def watch_run(
+    paths: RunPaths,
+    console: Console,
+    *,
+    running: Callable[[], bool],
+    cluster: Callable[[], ClusterView] = ClusterView,
+) -> None:
+    """Show a run while `running()`, and once more when it has ended; `cluster` says what is known about its jobs."""
+
+    def look() -> Snapshot:
+        return take_snapshot(paths, cluster())
+
     if console.is_terminal:
-        _follow_live(paths, console, running)
+        _follow_live(look, console, running)
     else:
-        _follow_plain(paths, console, running)
+        _follow_plain(look, console, running)
 
 
 def print_summary(paths: RunPaths, console: Console) -> None:
@@ -43,11 +53,11 @@ def print_summary(paths: RunPaths, console: Console) -> None:
         console.print(f"report: {paths.report}", soft_wrap=True)
 
 
-def _follow_live(paths: RunPaths, console: Console, running: Callable[[], bool]) -> None:
+def _follow_live(look: Callable[[], Snapshot], console: Console, running: Callable[[], bool]) -> None:
     with Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
 
         def draw() -> None:
-            live.update(run_view(take_snapshot(paths), width=console.width), refresh=True)
+            live.update(run_view(look(), width=console.width), refresh=True)
 
         draw()
         while running():
@@ -56,13 +66,13 @@ def _follow_live(paths: RunPaths, console: Console, running: Callable[[], bool])
         draw()
 
 
-def _follow_plain(paths: RunPaths, console: Console, running: Callable[[], bool]) -> None:
+def _follow_plain(look: Callable[[], Snapshot], console: Console, running: Callable[[], bool]) -> None:
     log = _PlainLog(console)
-    log.write(take_snapshot(paths))
+    log.write(look())
     while running():
         time.sleep(_PLAIN_SECONDS)
-        log.write(take_snapshot(paths))
-    log.write(take_snapshot(paths))
+        log.write(look())
+    log.write(look())
 
 
 class _PlainLog:
@@ -71,12 +81,24 @@ class _PlainLog:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._states: dict[str, State] = {}
+        self._jobs: dict[int, tuple[str, int, str]] = {}
         self._printed = 0
 
     def write(self, snapshot: Snapshot) -> None:
+        self._write_jobs(snapshot)
         self._write_states(snapshot, begun=True)
         self._write_metrics(snapshot)
         self._write_states(snapshot, begun=False)
+
+    def _write_jobs(self, snapshot: Snapshot) -> None:
+        """Print jobs of the cluster whose state has changed since the last snapshot, unless that is their end."""
+        for job in snapshot.status.cluster.live:
+            told = (job.state, job.restarts, job.reason if job.waiting else "")
+            if self._jobs.get(job.job) == told:
+                continue
+            self._jobs[job.job] = told
+            remark = job_remark(job, now=time.time())
+            self._print(f"job {job.job} of step {job.step}: {job.state.lower()}{f' ({remark})' if remark else ''}")
 
     def _write_states(self, snapshot: Snapshot, *, begun: bool) -> None:
         """Print steps that have begun to run since the last snapshot, or those that have ended."""

@@ -55,6 +55,28 @@ def prepare_run(file: Path, overrides: Sequence[str], *, fresh: bool) -> Prepare
     return Prepared(paths, plan_run(config, paths), aside)
 
 
+def existing_run(file: Path, overrides: Sequence[str]) -> RunPaths | None:
+    """The run directory of a run file, if there is one."""
+    paths = run_directory(load_run(file, overrides))
+    return paths if paths.root.exists() else None
+
+
+def preview_run(file: Path, overrides: Sequence[str], *, fresh: bool) -> tuple[RunConfig, RunPaths]:
+    """What `prepare_run` would start from, with its checks, without writing anything.
+
+    Raises what `prepare_run` raises, but for what only writing can find.
+    """
+    config = load_run(file, overrides)
+    paths = run_directory(config)
+    if fresh and paths.root.exists():
+        paths = RunPaths(paths.root.with_name(f".{config.name}.fresh"))  # not there: everything is to do
+    if paths.root.exists():
+        check_config(paths, config)
+    _check_packages(config)
+    check_inputs(config, paths, [planned.name for planned in plan_run(config, paths) if planned.done is None])
+    return config, paths
+
+
 def prepare_resume(paths: RunPaths, overrides: Sequence[str] = ()) -> Prepared:
     """Make a run ready to go on from its directory alone; `overrides` may name keys that may change.
 

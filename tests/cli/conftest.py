@@ -33,7 +33,9 @@ def miles(directory: Path) -> Miles:
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "miles", *arguments]
-        environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "COLUMNS": "100"}
+        # No programs but Python's: there is no Slurm here, whatever the machine has.
+        programs = str(Path(sys.executable).parent)
+        environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "COLUMNS": "100", "PATH": programs}
         return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, check=False)
 
     return run

@@ -11,7 +11,7 @@ from tests.cli.conftest import Miles
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        ("submit run.toml", 2, ["Slurm is not in this version yet", "submit run.toml --local"]),
+        ("submit run.toml", 2, ["there is no sbatch in PATH", "submit run.toml --local"]),
         ("submit missing.toml --local", 2, ["missing.toml"]),
         ("submit run.toml --local --set steps.prepare.layer=3", 2, ["Did you mean", "layers"]),
         ("config check missing.toml", 2, ["missing.toml"]),

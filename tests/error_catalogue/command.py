@@ -21,8 +21,13 @@ from typing import NoReturn
 from miles.cli.main import main
 
 REPOSITORY = Path(__file__).parents[2]
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(REPOSITORY), "COLUMNS": "4000", "OMP_NUM_THREADS": "1"}
-"""So wide that no panel wraps a line."""
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": str(REPOSITORY),
+    "COLUMNS": "4000",
+    "OMP_NUM_THREADS": "1",
+    "PATH": str(Path(sys.executable).parent),
+}
+"""So wide that no panel wraps a line; and without any program but Python's, so that there is no Slurm."""
 
 
 @dataclass(frozen=True, slots=True)

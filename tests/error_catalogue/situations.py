@@ -21,10 +21,10 @@ class Situation:
 
 
 DIRECTORY = {
-    "Nothing says where to run": Situation(
+    "There is no Slurm where the run is submitted": Situation(
         ConfigError,
-        "submitting to Slurm is not in this version yet",
-        "`miles submit run.toml --local` runs it on this machine",
+        "Slurm is not on this machine: there is no sbatch in PATH",
+        "use a login node of the cluster; `miles submit run.toml --local` runs it on this machine",
     ),
     "`miles init` would overwrite a file": Situation(
         RunError, "run.toml exists", "name another file: `miles init FILE`"
