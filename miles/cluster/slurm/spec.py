@@ -1,0 +1,97 @@
+"""One Slurm job of a run as plain values, from the resolved config: all that its batch script says.
+
+Owns what a step's job asks for, starts and passes on. How that is written down belongs to `miles.cluster.slurm.render`,
+in which order jobs are submitted to `miles.cluster.slurm.submit`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from miles.cluster.containers import container_command, source_tree
+from miles.config.cluster import SlurmSection
+from miles.config.files import PATH_KEYS
+from miles.config.schema import EvalStep, RlStep, RunConfig, SftStep, StepBase
+from miles.runs.paths import STEP_PREFIX, RunPaths
+
+NODE_MODULE = "miles.cluster.node"
+"""What runs on every node of a job."""
+
+SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
+"""Variables that reach the job from the environment of `miles submit`, by name: their values are in no file of a run."""
+
+
+@dataclass(frozen=True, slots=True)
+class JobSpec:
+    """One job before it is rendered."""
+
+    run: str
+    step: str
+    run_dir: Path
+    section: SlurmSection
+    command: tuple[str, ...]
+    """What srun starts on each node, with the container's words before it."""
+    needs_ranks: bool
+    """Whether the step has trainer ranks or engines; a job without them gets one node and no GPU."""
+    environment: dict[str, str]
+    """Variables that the script sets."""
+    secrets: tuple[str, ...]
+    """Variables that come from the environment of `miles submit`; only their names are written down."""
+    output: Path
+    """Output of the job; `%j` stands for its id."""
+    nodes: str
+    """Number of nodes, or a range of it."""
+    dependency: str | None
+    """Jobs to wait for, in sbatch's words."""
+
+
+def job_spec(config: RunConfig, step: str, paths: RunPaths, *, dependency: str | None) -> JobSpec:
+    """The job of one step.
+
+    Raises ConfigError for a container that cannot be started.
+    """
+    resolved = config.steps[step]
+    section = resolved.slurm
+    needs_ranks = isinstance(resolved, SftStep | RlStep | EvalStep)
+    contained = resolved.container.runtime != "none"
+    prefix = container_command(
+        resolved.container,
+        run_dir=paths.root,
+        paths=sorted(set(_own_files(resolved))),
+        gpus=needs_ranks and section.gpus_per_node > 0,
+        environment=SECRETS,
+    )
+    python = section.python or ("python3" if contained else sys.executable)
+    # A batch script does not begin where Miles is: a checkout has to be found. Containers see to it themselves.
+    source = source_tree()
+    return JobSpec(
+        run=config.name,
+        step=step,
+        run_dir=paths.root,
+        section=section,
+        command=(*prefix, python, "-m", NODE_MODULE, "--run-dir", str(paths.root), "--step", step),
+        needs_ranks=needs_ranks,
+        environment={} if source is None or contained else {"PYTHONPATH": str(source)},
+        secrets=SECRETS,
+        output=paths.slurm_log(step, "%j"),
+        nodes=str(section.nodes) if needs_ranks else "1",
+        dependency=dependency,
+    )
+
+
+def _own_files(step: StepBase) -> Iterator[Path]:
+    """Models, data and graders of a step that are the user's own; outputs of other steps are in the run directory."""
+    values = step.model_dump()
+    for key in PATH_KEYS:
+        value = values
+        for part in key:
+            value = value.get(part) if isinstance(value, dict) else None
+        if isinstance(value, str) and key[0] != "slurm" and not value.startswith(STEP_PREFIX):
+            yield Path(value)
+    for reward in values.get("rewards", ()):
+        file, colon, _ = reward["grader"].partition(":")
+        if colon and file.endswith(".py"):
+            yield Path(file)
