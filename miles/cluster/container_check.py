@@ -20,6 +20,7 @@ from typing import Any
 import miles
 from miles.cluster.containers import container_command, source_tree, wanted_gpu
 from miles.config.cluster import ContainerSection
+from miles.config.file_checks import is_looked_up
 from miles.config.schema import RunConfig
 from miles.workflow.fingerprint import user_paths
 
@@ -149,7 +150,7 @@ def _runtime(runtime: str) -> Check:
 
 def _image(section: ContainerSection) -> Check:
     image = section.image or ""
-    if "://" in image or (section.runtime == "enroot" and "/" not in image):
+    if is_looked_up(section):
         return Check("image", Outcome.OK, f"{image}, which the runtime looks up itself")
     path = Path(image)
     if not path.exists():

@@ -1,4 +1,4 @@
-"""The files that a step names: model directory, tokenizer, data, a grader's Python file. Are they there?
+"""The files that a step names: model directory, tokenizer, data, grader's file, container's image. Are they there?
 
 Owns existence and form. What a model allows is `miles.config.model_checks`, what is in the data `miles.data`.
 """
@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from miles.config.cluster import ContainerSection
 from miles.config.problems import Finding
 from miles.config.schema import EvalStep, ModelSection, RlStep, SftStep, StepBase
 from miles.errors import did_you_mean
@@ -18,6 +19,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer
 
 def file_findings(step: StepBase) -> Iterator[Finding]:
     """Files of one step that are missing or are not what they should be."""
+    yield from _image(step.container)
     if isinstance(step, SftStep | RlStep | EvalStep):
         yield from _model_directory(step.model)
     if isinstance(step, SftStep | RlStep):
@@ -31,6 +33,25 @@ def file_findings(step: StepBase) -> Iterator[Finding]:
                 message = f'rewards[{index}].grader = "{reward.grader}": {reason}'
                 fix = "correct the path; it is relative to the run file"
                 yield Finding((("rewards", index, "grader"),), message, fix)
+
+
+def _image(container: ContainerSection) -> Iterator[Finding]:
+    image, key = container.image, ("container", "image")
+    if container.runtime == "none":
+        return
+    if not image:
+        message = f'container.runtime = "{container.runtime}" needs container.image'
+        fix = 'name the image; `miles container build IMAGE` makes one; runtime = "none" runs without'
+        yield Finding((("container", "runtime"), key), message, fix)
+    elif not is_looked_up(container) and not Path(image).exists():
+        message = f'container.image = "{image}": no such file or directory.{_hint(Path(image))}'
+        yield Finding((key,), message, f"correct the path, or make it: `miles container build {image}`")
+
+
+def is_looked_up(container: ContainerSection) -> bool:
+    """Whether the runtime finds the image itself: an address, or a container that Enroot knows by name."""
+    image = container.image or ""
+    return "://" in image or (container.runtime == "enroot" and "/" not in image)
 
 
 def _model_directory(model: ModelSection) -> Iterator[Finding]:

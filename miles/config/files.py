@@ -46,6 +46,12 @@ def expand(root: Node, directory: Path) -> Node:
     def absolute(node: Node) -> Node:
         return replace(node, value=_absolute(node.value, directory)) if _is_text(node) else node
 
+    def absolute_image(node: Node) -> Node:
+        # A word alone may be the name of a container that the runtime knows.
+        if not _is_text(node) or "://" in node.value or not ("/" in node.value or (directory / node.value).exists()):
+            return node
+        return absolute(node)
+
     def absolute_grader(node: Node) -> Node:
         file, colon, function = node.value.partition(":") if _is_text(node) else ("", "", "")
         if not (colon and file.endswith(".py")):
@@ -57,6 +63,7 @@ def expand(root: Node, directory: Path) -> Node:
             root = root.edit((*scope, *path), _written_out)
         for path in PATH_KEYS:
             root = root.edit((*scope, *path), absolute)
+        root = root.edit((*scope, "container", "image"), absolute_image)
         root = root.edit((*scope, "rewards", "*", "grader"), absolute_grader)
     return root
 
