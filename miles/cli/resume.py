@@ -117,6 +117,8 @@ def fork(
 
     source = find_run(run)
     forked = fork_run(source, new, set_ or [], stage=stage, step=None if from_ is None else parse_step(from_))
+    if on_slurm(source):
+        forked.paths.scripts.mkdir()  # it goes on where its source did
     console = stdout()
     console.print(f"run directory: {forked.paths.root}", soft_wrap=True)
     for name in forked.done:
