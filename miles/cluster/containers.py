@@ -18,11 +18,15 @@ import miles
 from miles.config.cluster import ContainerSection
 from miles.errors import ConfigError
 
+CACHES = ("TRITON_*", "TORCHINDUCTOR_*", "FLASHINFER_*", "SGLANG_*")
+"""Variables by which the batch script moves caches into MILES_SCRATCH."""
+
 PASSED_ENVIRONMENT = (
     *("SLURM_*", "SLURMD_NODENAME", "MILES_*"),
     *("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL"),
     *("NCCL_*", "RCCL_*", "GLOO_*", "UCX_*", "FI_*", "TORCH_*", "PYTORCH_*", "OMP_NUM_THREADS"),
     *("USER", "LOGNAME", "LANG", "LC_*", "TZ"),
+    *CACHES,
 )
 """Variables that reach the container, by name or by the beginning of the name; others only where a run asks for them.
 """
@@ -35,16 +39,17 @@ _IMAGE_DIRECTORIES = frozenset(
 """A bind over one of these would hide the image's own."""
 
 # The beginning of what runs on the node, outside the container, in /bin/sh. Words of the run reach it as "$@" only, so
-# that none is read as shell. A directory by the user's own name, because others' files lie beside it in /tmp.
+# that none is read as shell. Without the batch script's own directory, one by the user's number: /tmp is everybody's.
 _SCRATCH = """\
 set -u
-scratch=${MILES_SCRATCH:-${TMPDIR:-}}
-[ -d "$scratch" ] || scratch=%(scratch)s
-scratch=$scratch/miles-$(id -u)
-mkdir -p -m 700 "$scratch" && [ -O "$scratch" ] && [ ! -L "$scratch" ] || {
+base=${TMPDIR:-}
+[ -d "$base" ] || base=%(scratch)s
+scratch=${MILES_SCRATCH:-$base/miles-$(id -u)}
+(umask 077 && mkdir -p "$scratch")
+if [ ! -O "$scratch" ] || [ -L "$scratch" ]; then
     echo "miles: $scratch cannot be made or is somebody else's: set MILES_SCRATCH to a directory of the node" >&2
     exit 73
-}
+fi
 """
 # SLURM_JWT is a key to the cluster that nothing inside needs.
 _FOR_EACH_PASSED = """\
@@ -64,7 +69,7 @@ export ENROOT_MOUNT_HOME=%(mount_home)s
 set -- %(home)s --env "TMPDIR=$scratch" --env "MILES_SCRATCH=$scratch" "$@"
 exec enroot start --mount "$scratch:$scratch:none:x-create=dir,rbind" "$@"
 """
-# ch-run mounts $TMPDIR of the node as /tmp, and takes over the PATH of the node.
+# ch-run mounts TMPDIR of the node as /tmp, and takes over the PATH of the node.
 _CHARLIECLOUD = """\
 export USER="${USER:-$(id -un)}" TMPDIR="${scratch%%/*}"
 inside=/tmp/${scratch##*/}
@@ -100,7 +105,8 @@ def container_command(
         run_dir: the run directory; bound, and the working directory inside.
         paths: further files and directories that the process reads; bound. Of a step: `fingerprint.user_paths`.
         gpus: whether the step has GPUs; `container.gpu = "auto"` then brings in their driver.
-        scratch: directory of each node for temporary files, where neither MILES_SCRATCH nor TMPDIR names one there.
+        scratch: directory of each node that temporary files go below, where TMPDIR names none. MILES_SCRATCH, which the
+            batch script sets to a directory of the job's own, goes before both, and is bound as it is.
         environment: names of variables that pass besides `PASSED_ENVIRONMENT`: the job's own, and its secrets.
 
     Returns: an empty tuple without a container.
@@ -234,7 +240,9 @@ def _charliecloud(section: ContainerSection, binds: Sequence[Bind], gpus: bool, 
             raise ConfigError(f"charliecloud cannot bind {bind.source} read-only", fix="leave out `:ro`")
     words = [word for bind in binds for word in ("--bind", _colons(bind))]
     home = "--home" if section.home else '--set-env="HOME=$inside"'
-    script = _CHARLIECLOUD % {"globs": "|".join((*names, "HOME")), "home": home}
+    # The scratch directory has another path inside, so caches are left to lie in HOME, which is there.
+    passed = "|".join(name for name in (*names, "HOME") if name not in CACHES and not name.startswith("TORCH"))
+    script = _CHARLIECLOUD % {"globs": passed, "home": home}
     return script, words
 
 
