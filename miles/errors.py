@@ -63,6 +63,10 @@ class TrainerError(MilesError):
     exit_code = 6
 
 
+class PortTaken(TrainerError):
+    """Another program listens where the trainer ranks were to meet; they may meet elsewhere."""
+
+
 class Interrupted(MilesError):
     """The run was stopped on request; the same command continues it."""
 

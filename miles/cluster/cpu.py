@@ -33,14 +33,21 @@ def cpu_environment(*, threads: int | None, processes: int, cores: int) -> dict[
     }
 
 
-def rank_environment(*, rank: int, ranks: int, port: int) -> dict[str, str]:
-    """What torch.distributed reads in one rank of a single node. LOCAL_RANK also selects the GPU."""
-    return {
+def rank_environment(
+    rank: int, *, local_ranks: range, world: int, address: str, port: int, interface: str
+) -> dict[str, str]:
+    """What torch.distributed reads in one rank. `local_ranks`: those of this node; `interface`: by which they reach
+    those of other nodes. LOCAL_RANK also selects the GPU.
+    """
+    environment = {
         "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
+        "LOCAL_RANK": str(local_ranks.index(rank)),
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(len(local_ranks)),
+        "MASTER_ADDR": address,
         "MASTER_PORT": str(port),
-        "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",
+        "GLOO_SOCKET_IFNAME": interface,
     }
+    if world > len(local_ranks) and "NCCL_SOCKET_IFNAME" not in os.environ:
+        environment["NCCL_SOCKET_IFNAME"] = f"={interface}"
+    return environment

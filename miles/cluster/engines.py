@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 import time
 from collections.abc import Callable
 
 from miles.cluster.cpu import available_cores, cpu_environment
 from miles.cluster.health import HealthWatch
-from miles.cluster.ports import LOOPBACK, choose_ports, is_free
+from miles.cluster.network import Network
+from miles.cluster.ports import choose_ports, is_free
 from miles.cluster.processes import Child, Command, Launcher, terminate
 from miles.errors import EngineError, MilesError
 from miles.runs.endpoints import Endpoint, write_endpoints
@@ -30,26 +30,29 @@ log = logging.getLogger(__name__)
 
 
 class Engines:
-    """The engines of one attempt. `check` is to be called many times a second; it does not wait."""
+    """This node's engines of one attempt. `check` is to be called many times a second; it does not wait."""
 
-    def __init__(self, launcher: Launcher, processes: Processes) -> None:
+    def __init__(self, launcher: Launcher, processes: Processes, network: Network, *, node: int, nodes: int) -> None:
+        """On node `node` of `nodes`; `launcher` knows where this node begins its search for ports."""
         self.file = launcher.paths.engines(launcher.attempt)
         self._token_file = launcher.paths.engine_token
         self._limits = processes.engine
-        self._seeds = itertools.count(64 * os.getpid())
+        self._host = network.address
+        self._node, self._nodes = node, nodes
+        self._seeds = itertools.count(launcher.port_seed)
         self._checked = time.monotonic()
         environment = cpu_environment(
             threads=processes.local.threads, processes=max(1, processes.engines), cores=available_cores()
         )
 
         def launch(index: int) -> tuple[Child, int]:
-            (port,) = choose_ports(1, seed=next(self._seeds))
-            arguments = ["--index", str(index), "--port", str(port)]
+            (port,) = choose_ports(1, seed=next(self._seeds), host=network.address)
+            arguments = ["--index", str(index), "--host", network.address, "--port", str(port)]
             return launcher.start(Command("engine", index, processes.engine_module, arguments, environment)), port
 
         self._launch = launch
         self._engines: list[_Engine] = []
-        self._count = processes.engines
+        self._indices = processes.share(node, nodes).engines
 
     @property
     def came_up(self) -> bool:
@@ -59,8 +62,8 @@ class Engines:
     def start(self) -> None:
         """Start all engines and say where they will be."""
         token = self._token_file.read_text().strip()
-        for index in range(self._count):
-            self._engines.append(_Engine(index, self._launch, token))
+        for index in self._indices:
+            self._engines.append(_Engine(index, self._launch, self._host, token))
         self._publish()
 
     def check(self) -> None:
@@ -122,13 +125,14 @@ class Engines:
         self._publish()
 
     def _publish(self) -> None:
-        write_endpoints(self.file, [engine.endpoint for engine in self._engines])
+        endpoints = [engine.endpoint for engine in self._engines]
+        write_endpoints(self.file, endpoints, node=self._node, nodes=self._nodes)
 
 
 class _Engine:
     """One engine: its process of now, and what became of earlier ones."""
 
-    def __init__(self, index: int, launch: Callable[[int], tuple[Child, int]], token: str) -> None:
+    def __init__(self, index: int, launch: Callable[[int], tuple[Child, int]], host: str, token: str) -> None:
         self.index = index
         self.name = f"engine {index}"
         self.came_up = False
@@ -140,6 +144,7 @@ class _Engine:
         self.restarts = 0
         self.ports_lost = 0
         self._launch = launch
+        self._host = host
         self._token = token
         self._starts = 0
         self._start()
@@ -161,15 +166,15 @@ class _Engine:
     @property
     def lost_its_port(self) -> bool:
         """Whether it ended before it answered, and somebody listens on its port."""
-        return not self.ready and self.child.exit_code() is not None and not is_free(self.port)
+        return not self.ready and self.child.exit_code() is not None and not is_free(self.port, self._host)
 
     @property
     def endpoint(self) -> Endpoint:
-        return Endpoint(self.index, f"http://{LOOPBACK}:{self.port}", self._starts, self.ready)
+        return Endpoint(self.index, f"http://{self._host}:{self.port}", self._starts, self.ready)
 
     def _start(self) -> None:
         self.child, self.port = self._launch(self.index)
-        self.health = HealthWatch(self.port, self._token)
+        self.health = HealthWatch(self._host, self.port, self._token)
         self._starts += 1
         self.ready = False
         self.silence = 0.0

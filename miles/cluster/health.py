@@ -6,8 +6,6 @@ import http.client
 from threading import Event, Thread
 from typing import Literal
 
-from miles.cluster.ports import LOOPBACK
-
 Route = Literal["/health", "/health_generate"]
 
 _REQUEST_SECONDS = 30.0
@@ -16,13 +14,14 @@ _PAUSE_SECONDS = 0.2
 
 
 class HealthWatch:
-    """Asks one server of this host in a thread of its own, so that a server that is slow to answer delays nobody.
+    """Asks one server of this node in a thread of its own, so that a server that is slow to answer delays nobody.
 
     Until the first answer it asks for a token (`/health_generate`), which a server that still loads cannot give; then
     only whether the server answers (`/health`), which it does while it is busy or its memory is released.
     """
 
-    def __init__(self, port: int, token: str) -> None:
+    def __init__(self, host: str, port: int, token: str) -> None:
+        self._host = host
         self._port = port
         self._token = token
         self._answered = Event()
@@ -42,15 +41,15 @@ class HealthWatch:
     def _ask(self) -> None:
         route: Route = "/health_generate"
         while not self._ended.is_set():
-            if answers(self._port, self._token, route):
+            if answers(self._host, self._port, self._token, route):
                 route = "/health"
                 self._answered.set()
             self._ended.wait(_PAUSE_SECONDS)
 
 
-def answers(port: int, token: str, route: Route) -> bool:
-    """Whether the server on a port of this host answers a GET request with 200."""
-    connection = http.client.HTTPConnection(LOOPBACK, port, timeout=_REQUEST_SECONDS)
+def answers(host: str, port: int, token: str, route: Route) -> bool:
+    """Whether the server on a port answers a GET request with 200."""
+    connection = http.client.HTTPConnection(host, port, timeout=_REQUEST_SECONDS)
     try:
         connection.request("GET", route, headers={"Authorization": f"Bearer {token}"})
         return connection.getresponse().status == 200

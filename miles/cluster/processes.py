@@ -8,10 +8,10 @@ then the system cannot give its process group's number to anybody else.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -26,7 +26,7 @@ from miles.runs.attempts import read_attempts
 from miles.runs.claim import CLAIM_VARIABLE
 from miles.runs.failures import FAILURE_VARIABLE, read_failure
 from miles.runs.files import append_json, disk_errors, read_json_lines
-from miles.runs.identity import ProcessIdentity
+from miles.runs.identity import ProcessIdentity, node_name
 from miles.runs.parent import PARENT_VARIABLE
 from miles.runs.paths import RunPaths
 
@@ -129,13 +129,21 @@ class Child:
 
 
 class Launcher:
-    """Starts the processes of one attempt of one step."""
+    """Starts this node's processes of one attempt of one step."""
 
-    def __init__(self, paths: RunPaths, step: str, attempt: int, claim: int) -> None:
-        """`claim` is the number of the claim under which the attempt runs: its processes check it before they write."""
+    def __init__(
+        self, paths: RunPaths, step: str, attempt: int, claim: int, *, node: int = 0, port_seed: int | None = None
+    ) -> None:
+        """`claim` is the number of the claim under which the attempt runs: its processes check it before they write.
+        `port_seed`: where this node begins its search for ports; None: where no other supervisor of this host does.
+        """
         self.paths = paths
         self.step = step
         self.attempt = attempt
+        self.port_seed = 64 * os.getpid() if port_seed is None else port_seed
+        self.claim = claim
+        self.node_name = node_name()
+        self._node = node
         self._environment = {
             "PYTHONUNBUFFERED": "1",
             "MILES_ATTEMPT": str(attempt),
@@ -148,7 +156,7 @@ class Launcher:
         A later start of the same role and index appends to the log of the earlier one, after a line that says so.
         """
         logs = self.paths.logs(self.attempt)
-        stem = f"{command.role}-{socket.gethostname()}-{command.index}"
+        stem = f"{command.role}-{self.node_name}-{command.index}"
         log_file, failure = logs / f"{stem}.log", logs / f"{stem}.failure.json"
         failure.unlink(missing_ok=True)
         reader, writer = os.pipe()
@@ -170,7 +178,9 @@ class Launcher:
             )
         os.close(reader)
         record = ProcessIdentity.of(process.pid).record()
-        append_json(_ledger(self.paths, self.attempt), {"role": command.role, "index": command.index, **record})
+        append_json(
+            _ledger(self.paths, self.attempt, self._node), {"role": command.role, "index": command.index, **record}
+        )
         child = Child(command, process, log_file, begin, failure, writer)
         log.info("step %s: started %s, process %d, log %s", self.step, child.name, child.pid, log_file)
         return child
@@ -198,16 +208,16 @@ def terminate(children: list[Child], *, grace: float, hurry: Callable[[], bool])
 
 
 def end_leftovers(paths: RunPaths) -> list[str]:
-    """Kill what a killed supervisor or driver left on this host, and wait until it is gone; returns its names.
+    """Kill what earlier attempts of this run left on this node, and wait until it is gone; returns its names.
 
-    Call it with the run claimed: then every attempt without an end is over.
+    Call it with the run claimed, and before this attempt starts anything here: then all of it is of the past.
     """
     names, killed = [], []
+    sessions = _sessions()
     for attempt in read_attempts(paths):
-        if attempt.ended is not None:
-            continue
-        for record in read_json_lines(_ledger(paths, attempt.number)):
-            members = _session(ProcessIdentity(record["host"], record["pid"], record["started"]), paths)
+        records = itertools.chain.from_iterable(map(read_json_lines, _ledgers(paths, attempt.number)))
+        for record in records:
+            members = _session(ProcessIdentity.parse(record), sessions, paths)
             for process in members:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
@@ -218,7 +228,19 @@ def end_leftovers(paths: RunPaths) -> list[str]:
     return names
 
 
-def _session(leader: ProcessIdentity, paths: RunPaths) -> list[psutil.Process]:
+def _sessions() -> dict[int, list[psutil.Process]]:
+    """The live processes of this host by session."""
+    sessions: dict[int, list[psutil.Process]] = {}
+    for process in psutil.process_iter():
+        session = _session_of(process)
+        if session is not None:
+            sessions.setdefault(session, []).append(process)
+    return sessions
+
+
+def _session(
+    leader: ProcessIdentity, sessions: dict[int, list[psutil.Process]], paths: RunPaths
+) -> list[psutil.Process]:
     """The live processes of the session that a recorded process began: itself, and what it started.
 
     The system gives a session's number to nobody else while the session has processes. When the leader is gone, the
@@ -226,7 +248,7 @@ def _session(leader: ProcessIdentity, paths: RunPaths) -> list[psutil.Process]:
     """
     if not leader.local or (psutil.pid_exists(leader.pid) and not leader.present()):
         return []
-    members = [process for process in psutil.process_iter() if _session_of(process) == leader.pid]
+    members = sessions.get(leader.pid, [])
     if psutil.pid_exists(leader.pid):
         return members
     return [process for process in members if _knows(process, paths)]
@@ -253,5 +275,10 @@ def _kill_group(leader: int) -> None:
         os.killpg(leader, signal.SIGKILL)
 
 
-def _ledger(paths: RunPaths, attempt: int) -> Path:
-    return paths.logs(attempt) / "processes.jsonl"
+def _ledger(paths: RunPaths, attempt: int, node: int) -> Path:
+    """Every node has one of its own: appending is not atomic between nodes."""
+    return paths.logs(attempt) / ("processes.jsonl" if node == 0 else f"processes-{node}.jsonl")
+
+
+def _ledgers(paths: RunPaths, attempt: int) -> list[Path]:
+    return sorted(paths.logs(attempt).glob("processes*.jsonl"))

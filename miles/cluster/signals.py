@@ -15,7 +15,9 @@ REPEAT_SECONDS = 0.5
 class StopSignal:
     """Remembers the requests to stop that this process got."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, patient: bool = False) -> None:
+        """`patient`: however often it is asked, it is not urgent. Slurm repeats its signals, and kills by itself."""
+        self._patient = patient
         self._first: float | None = None
         self.urgent = False
         """Asked a second time: end everything without waiting."""
@@ -33,5 +35,5 @@ class StopSignal:
         now = time.monotonic()
         if self._first is None:
             self._first = now
-        elif now - self._first > REPEAT_SECONDS:
+        elif now - self._first > REPEAT_SECONDS and not self._patient:
             self.urgent = True

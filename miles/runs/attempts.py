@@ -108,9 +108,20 @@ def begin_attempt(paths: RunPaths, step: str, *, note: str = "", place: Place | 
     return number
 
 
-def end_attempt(paths: RunPaths, number: int, reason: EndReason, *, exit_code: int = 0, detail: str = "") -> None:
-    """Write the end line of an attempt."""
-    end = {"event": "end", "attempt": number, "time": time.time(), "reason": reason.value}
+def end_attempt(
+    paths: RunPaths,
+    number: int,
+    reason: EndReason,
+    *,
+    exit_code: int | None = 0,
+    detail: str = "",
+    ended: float | None = None,
+) -> None:
+    """Write the end line of an attempt. `ended`: Unix time, for one that was killed earlier; then nobody knows its exit
+    code."""
+    if ended is not None:
+        exit_code = None
+    end = {"event": "end", "attempt": number, "time": ended or time.time(), "reason": reason.value}
     append_json(paths.attempts, end | {"exit_code": exit_code, "detail": detail})
 
 

@@ -18,7 +18,7 @@ from typing import Literal, TypeVar
 import torch
 import torch.distributed as dist
 
-from miles.errors import TrainerError
+from miles.errors import PortTaken, TrainerError
 
 T = TypeVar("T")
 
@@ -45,7 +45,8 @@ def process_group(device: torch.device) -> Iterator[None]:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=RANK_TIMEOUT)
     except dist.DistNetworkError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise TrainerError(
+        taken = "EADDRINUSE" in str(error) or "address already in use" in str(error)
+        raise (PortTaken if taken else TrainerError)(
             f"the trainer ranks cannot meet at {where}: {error}", fix="submit again: another port will be tried"
         ) from error
     try:
@@ -88,7 +89,8 @@ def together(kind: type[Exception]) -> Iterator[None]:
 class StopRequest:
     """Whether this attempt should end: it got SIGTERM, SIGINT, SIGUSR1 or SIGUSR2, or its time is nearly over.
 
-    Handlers only set a flag; the loop asks at its boundaries.
+    Handlers only set a flag; the loop asks at its boundaries. SIGUSR1 leaves the time until the deadline, where one is
+    known: the cluster says early when a job's time is nearly over. The others leave the grace.
     """
 
     def __init__(self, *, deadline: float | None = None, grace_seconds: float = math.inf) -> None:
@@ -111,8 +113,9 @@ class StopRequest:
         )
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        if not self._signalled:
-            self._signalled = True
+        first, self._signalled = not self._signalled, True
+        unhurried = number == signal.SIGUSR1 and math.isfinite(self._deadline)
+        if first and not unhurried:
             self._deadline = min(self._deadline, time.time() + self._grace_seconds)
 
     @property

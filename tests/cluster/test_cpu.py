@@ -16,5 +16,10 @@ def test_cores_are_divided_among_equal_processes(
 
 
 def test_rank_knows_its_place() -> None:
-    environment = rank_environment(rank=1, ranks=4, port=20123)
-    assert (environment["RANK"], environment["WORLD_SIZE"], environment["MASTER_PORT"]) == ("1", "4", "20123")
+    environment = rank_environment(3, local_ranks=range(2, 4), world=4, address="10.0.0.1", port=20123, interface="ib0")
+    assert environment["RANK"] == "3"
+    assert environment["LOCAL_RANK"] == "1"
+    assert environment["WORLD_SIZE"] == "4"
+    assert environment["LOCAL_WORLD_SIZE"] == "2"
+    assert (environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("10.0.0.1", "20123")
+    assert (environment["GLOO_SOCKET_IFNAME"], environment["NCCL_SOCKET_IFNAME"]) == ("ib0", "=ib0")

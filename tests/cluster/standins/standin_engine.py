@@ -13,6 +13,7 @@ parser = argparse.ArgumentParser()
 parser.add_argument("--run-dir", type=Path)
 parser.add_argument("--step")
 parser.add_argument("--index", type=int)
+parser.add_argument("--host")
 parser.add_argument("--port", type=int)
 arguments = parser.parse_args()
 behaviour = os.environ["STANDIN_ENGINE"]
@@ -56,4 +57,4 @@ while behaviour == "patient" and not (arguments.run_dir / "go").exists():
     time.sleep(0.02)
 if behaviour == "silent":
     time.sleep(600)
-HTTPServer(("127.0.0.1", arguments.port), Handler).serve_forever()
+HTTPServer((arguments.host, arguments.port), Handler).serve_forever()
