@@ -67,13 +67,24 @@ OWN = {
 _FLAGS = frozenset(("contiguous", "hold", "overcommit", "oversubscribe", "reboot", "spread-job", "use-min-nodes"))
 _FLAGS_OR_VALUES = frozenset(("get-user-env", "nice", "no-kill", "propagate", "resv-ports", "stepmgr"))
 _VALUES = frozenset(
-    """
-    acctg-freq batch bb bbf begin chdir cluster-constraint comment consolidate-segments container container-id
-    core-spec cores-per-socket cpu-freq deadline delay-boot distribution exclude extra extra-node-info gid gpu-bind
-    gpu-freq gres-flags hint licenses mail-type mail-user mcs-label mem-bind mincpus network nodefile nodelist
-    oom-kill-step power prefer priority profile segment sockets-per-node spread-segments switches thread-spec
-    threads-per-core time-min tmp uid wait-all-nodes wckey
-    """.split()
+    (
+        *(
+            "acctg-freq",
+            "batch",
+            "bb",
+            "bbf",
+            "begin",
+            "chdir",
+            "cluster-constraint",
+            "comment",
+            "consolidate-segments",
+        ),
+        *("container", "container-id", "core-spec", "cores-per-socket", "cpu-freq", "deadline", "delay-boot"),
+        *("distribution", "exclude", "extra", "extra-node-info", "gid", "gpu-bind", "gpu-freq", "gres-flags", "hint"),
+        *("licenses", "mail-type", "mail-user", "mcs-label", "mem-bind", "mincpus", "network", "nodefile", "nodelist"),
+        *("oom-kill-step", "power", "prefer", "priority", "profile", "segment", "sockets-per-node", "spread-segments"),
+        *("switches", "thread-spec", "threads-per-core", "time-min", "tmp", "uid", "wait-all-nodes", "wckey"),
+    )
 )
 KNOWN = frozenset(OWN) | _FLAGS | _FLAGS_OR_VALUES | _VALUES
 

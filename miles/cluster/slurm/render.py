@@ -18,7 +18,6 @@ from jinja2 import Environment, StrictUndefined, TemplateError, TemplateSyntaxEr
 import miles
 from miles.cluster.containers import source_tree
 from miles.cluster.slurm.spec import JobSpec
-from miles.config.cluster import SlurmSection
 from miles.config.problems import shown
 from miles.config.slurm_options import extra_problems, has_control_characters
 from miles.errors import ConfigError

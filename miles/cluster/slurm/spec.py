@@ -6,10 +6,12 @@ in which order jobs are submitted to `miles.cluster.slurm.submit`.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from miles.cluster.containers import container_command, source_tree
 from miles.config.cluster import SlurmSection
@@ -21,7 +23,7 @@ NODE_MODULE = "miles.cluster.node"
 """What runs on every node of a job."""
 
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
-"""Variables that reach the job from the environment of `miles submit`, by name: their values are in no file of a run."""
+"""Variables that reach the job from the environment of `miles submit`, by name: no file of a run holds their values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +67,6 @@ def job_spec(config: RunConfig, step: str, paths: RunPaths, *, dependency: str |
         environment=SECRETS,
     )
     python = section.python or ("python3" if contained else sys.executable)
-    # A batch script does not begin where Miles is: a checkout has to be found. Containers see to it themselves.
-    source = source_tree()
     return JobSpec(
         run=config.name,
         step=step,
@@ -74,7 +74,7 @@ def job_spec(config: RunConfig, step: str, paths: RunPaths, *, dependency: str |
         section=section,
         command=(*prefix, python, "-m", NODE_MODULE, "--run-dir", str(paths.root), "--step", step),
         needs_ranks=needs_ranks,
-        environment={} if source is None or contained else {"PYTHONPATH": str(source)},
+        environment={} if contained else _python_path(),
         secrets=SECRETS,
         output=paths.slurm_log(step, "%j"),
         nodes=str(section.nodes) if needs_ranks else "1",
@@ -82,14 +82,21 @@ def job_spec(config: RunConfig, step: str, paths: RunPaths, *, dependency: str |
     )
 
 
+def _python_path() -> dict[str, str]:
+    """Where Python finds what it finds now: a checkout of Miles, and the user's own graders."""
+    places = [str(source_tree() or ""), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    found = dict.fromkeys(str(Path(place).absolute()) for place in places if place)
+    return {"PYTHONPATH": os.pathsep.join(found)} if found else {}
+
+
 def _own_files(step: StepBase) -> Iterator[Path]:
     """Models, data and graders of a step that are the user's own; outputs of other steps are in the run directory."""
     values = step.model_dump()
     for key in PATH_KEYS:
-        value = values
+        value: Any = values
         for part in key:
             value = value.get(part) if isinstance(value, dict) else None
-        if isinstance(value, str) and key[0] != "slurm" and not value.startswith(STEP_PREFIX):
+        if isinstance(value, str) and key[0] not in ("slurm", "container") and not value.startswith(STEP_PREFIX):
             yield Path(value)
     for reward in values.get("rewards", ()):
         file, colon, _ = reward["grader"].partition(":")
