@@ -10,6 +10,7 @@ from pathlib import Path
 
 from miles.errors import EngineError, Interrupted, MilesError, TrainerError
 from miles.runs.attempts import EndReason
+from miles.runs.paths import RunPaths
 
 TICK_SECONDS = 90.0
 """How much too early Slurm's signal before the time limit may come, and what its clocks round away."""
@@ -78,3 +79,13 @@ def read_output(file: Path, begin: int = 0, end: int | None = None) -> str:
             return stream.read(-1 if end is None else max(0, end - begin)).decode(errors="replace")
     except FileNotFoundError:
         return ""
+
+
+def interrupted(what: str, paths: RunPaths) -> Interrupted:
+    """The error of a run that was asked to stop, with the command that continues it."""
+    return Interrupted(what, fix=continues(paths))
+
+
+def continues(paths: RunPaths) -> str:
+    """The command that continues a run, in a sentence."""
+    return f"`miles resume {paths.root}` continues the run"

@@ -17,9 +17,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from miles.cluster.endings import continues, interrupted
 from miles.cluster.processes import POLL_SECONDS
 from miles.cluster.signals import REPEAT_SECONDS, StopSignal
-from miles.cluster.supervisor import continues, interrupted, log_to_stderr, supervise
+from miles.cluster.supervisor import log_to_stderr, supervise
 from miles.config.load import load_resolved
 from miles.config.schema import RunConfig
 from miles.errors import MilesError, RunError

@@ -7,14 +7,15 @@ import time
 from collections.abc import Callable
 
 from miles.cluster.allocation import Allocation
-from miles.cluster.endings import EndedEarly
+from miles.cluster.endings import EndedEarly, continues
 from miles.cluster.jobs import InJob, Terms
 from miles.cluster.launch import Launch, NodeReport, Over, code_version, failure_of, read_launch, write_launch
 from miles.cluster.network import find_network
 from miles.cluster.peers import Head, Reporter, Timing, wait_for_launch
 from miles.cluster.processes import Launcher, end_leftovers
 from miles.cluster.signals import StopSignal
-from miles.cluster.supervisor import Supervision, continues, pending_step, supervise
+from miles.cluster.supervision import Supervision
+from miles.cluster.supervisor import pending_step, supervise
 from miles.config.load import load_resolved
 from miles.config.schema import RunConfig
 from miles.errors import MilesError
