@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from miles.cli.common import FileArgument, JsonOption, SetOption, print_json, print_next, stdout
+from miles.cli.doctor import write_site_profile
 from miles.errors import RunError
 
 app = typer.Typer(help="Check, explain and show run files.", no_args_is_help=True)
@@ -76,15 +77,25 @@ def show(file: FileArgument, set_: SetOption = None, json: JsonOption = False) -
 
 
 def init(
-    file: Annotated[Path, typer.Argument(metavar="[FILE]", help="Where to write it.")] = Path("run.toml"),
+    file: Annotated[
+        Path | None,
+        typer.Argument(metavar="[FILE]", help="Where to write it; none: run.toml, or sites/CLUSTER.toml with --site."),
+    ] = None,
+    site: Annotated[
+        bool, typer.Option("--site", help="Write the profile of this cluster instead, which run files can extend.")
+    ] = False,
 ) -> None:
     """Write a commented run file to start from.
 
     Never overwrites a file.
     """
+    if site:
+        write_site_profile(file)
+        return
     from miles.config.template import commented_config
     from miles.runs.files import disk_errors, write_new
 
+    file = file or Path("run.toml")
     with disk_errors(file):
         try:
             write_new(file, commented_config())

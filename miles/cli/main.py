@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from miles.cli import checkpoints, configure, container, journal, resume, run, slurm, submit
+from miles.cli import checkpoints, configure, container, doctor, journal, resume, run, slurm, submit
 from miles.errors import Interrupted, MilesError
 
 app = typer.Typer(
@@ -38,6 +38,7 @@ app.command("export")(checkpoints.export)
 app.command("report")(run.report)
 app.command("runs")(run.runs)
 app.command("init")(configure.init)
+app.command("doctor")(doctor.doctor)
 app.add_typer(configure.app, name="config")
 app.add_typer(container.app, name="container")
 app.add_typer(journal.app, name="journal")

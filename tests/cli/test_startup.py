@@ -25,7 +25,8 @@ except SystemExit as end:
     sys.exit(end.code)
 """
 COMMANDS = ["submit", "resume", "fork", "watch", "status", "logs", "stop", "save", "checkpoints", "export", "report"]
-COMMANDS += ["runs", "init", "version", "config", "config check", "config explain", "config show", "container build"]
+COMMANDS += ["runs", "init", "doctor", "version", "config", "config check", "config explain", "config show"]
+COMMANDS += ["container build"]
 
 
 def _imported(directory: Path, *arguments: str) -> set[str]:
@@ -40,6 +41,6 @@ def test_help_imports_nothing_heavy(tmp_path: Path, command: str) -> None:
     assert _imported(tmp_path, *command.split(), "--help") & FOR_HELP == set()
 
 
-@pytest.mark.parametrize("arguments", ["config check run.toml", "config show run.toml", "runs", "version"])
+@pytest.mark.parametrize("arguments", ["config check run.toml", "config show run.toml", "doctor", "runs", "version"])
 def test_login_node_command_imports_nothing_heavy(directory: Path, arguments: str) -> None:
     assert _imported(directory, *arguments.split()) & HEAVY == set()

@@ -43,6 +43,10 @@ class SlurmError(RunError):
     """A command of Slurm failed, or is not there."""
 
 
+class SlurmMissing(SlurmError):
+    """Slurm's commands, or their configuration, are not on this machine."""
+
+
 class SlurmDown(SlurmError):
     """The controller cannot be reached, or does not answer."""
 
@@ -56,8 +60,8 @@ class Slurm:
     """Runs Slurm's commands as this user.
 
     `timeout`: seconds for one command. `patience`: seconds for which a controller that is down is tried again. Every
-    method raises SlurmError: its subclass SlurmDown when the controller cannot be reached, UnknownJob for an id that
-    Slurm does not know.
+    method raises SlurmError: its subclass SlurmMissing where there is no Slurm, SlurmDown when the controller cannot be
+    reached, UnknownJob for an id that Slurm does not know.
     """
 
     timeout: float = 60.0
@@ -107,16 +111,19 @@ class Slurm:
         except UnknownJob:
             return None
 
-    def accounted(self, ids: Iterable[int]) -> dict[int, list[Job]]:
-        """Every run of the jobs on the accounting's record, oldest first; empty without accounting, which is normal."""
+    def accounted(self, ids: Iterable[int], *, strict: bool = False) -> dict[int, list[Job]]:
+        """Every run of the jobs on the accounting's record, oldest first.
+
+        Empty where sacct does not answer: sites without accounting are normal. With `strict` that is an error.
+        """
         wanted = ",".join(map(str, sorted(set(ids))))
         if not wanted:
             return {}
         try:
             output = self._run("sacct", "-n", "-P", "-D", "-X", "-j", wanted, "-o", SACCT_FORMAT)
-        except SlurmDown:
-            raise
         except SlurmError:
+            if strict:
+                raise
             return {}
         runs: dict[int, list[Job]] = {}
         for job in parse_sacct(output):
@@ -191,7 +198,7 @@ class Slurm:
                 timeout=self.timeout,
             )
         except FileNotFoundError:
-            raise SlurmError(
+            raise SlurmMissing(
                 f"{command[0]} is not on this machine",
                 fix="log in to a login node of the cluster, or put Slurm's commands into PATH; "
                 "`miles submit FILE --local` runs on this machine without Slurm",
@@ -248,6 +255,6 @@ def _error(command: list[str], said: str, code: int, changes: bool) -> SlurmErro
     if any(text in said for text in _UNANSWERED):
         return SlurmDown(message, fix=_AFTER_SUBMISSION if changes else "the controller is overloaded: try again later")
     if "Unable to process configuration" in said or "fetch config" in said:
-        return SlurmError(message, fix="Slurm is not configured on this machine: use a login node of the cluster")
+        return SlurmMissing(message, fix="Slurm is not configured on this machine: use a login node of the cluster")
     fix = next((remedy for text, remedy in _REMEDIES if text in said), "what Slurm says is above")
     return SlurmError(message, fix=fix)
