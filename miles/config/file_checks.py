@@ -1,4 +1,4 @@
-"""The files that a step names: model directory, tokenizer, data, grader's file, container's image. Are they there?
+"""The files that a step names: model directory, tokenizer, data, grader's file, template, image. Are they there?
 
 Owns existence and form. What a model allows is `miles.config.model_checks`, what is in the data `miles.data`.
 """
@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from miles.config.cluster import ContainerSection
+from miles.config.cluster import ContainerSection, SlurmSection
 from miles.config.problems import Finding
 from miles.config.schema import EvalStep, ModelSection, RlStep, SftStep, StepBase
 from miles.errors import did_you_mean
@@ -19,6 +19,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer
 
 def file_findings(step: StepBase) -> Iterator[Finding]:
     """Files of one step that are missing or are not what they should be."""
+    yield from _template(step.slurm)
     yield from _image(step.container)
     if isinstance(step, SftStep | RlStep | EvalStep):
         yield from _model_directory(step.model)
@@ -33,6 +34,12 @@ def file_findings(step: StepBase) -> Iterator[Finding]:
                 message = f'rewards[{index}].grader = "{reward.grader}": {reason}'
                 fix = "correct the path; it is relative to the run file"
                 yield Finding((("rewards", index, "grader"),), message, fix)
+
+
+def _template(slurm: SlurmSection) -> Iterator[Finding]:
+    if slurm.template is not None and (reason := _not_a_file(Path(slurm.template))):
+        message = f'slurm.template = "{slurm.template}": {reason}'
+        yield Finding((("slurm", "template"),), message, "correct the path; it is relative to the run file")
 
 
 def _image(container: ContainerSection) -> Iterator[Finding]:

@@ -96,7 +96,7 @@ def _own_files(step: StepBase) -> Iterator[Path]:
         value: Any = values
         for part in key:
             value = value.get(part) if isinstance(value, dict) else None
-        if isinstance(value, str) and key[0] not in ("slurm", "container") and not value.startswith(STEP_PREFIX):
+        if isinstance(value, str) and not value.startswith(STEP_PREFIX):
             yield Path(value)
     for reward in values.get("rewards", ()):
         file, colon, _ = reward["grader"].partition(":")
