@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from miles.cli import checkpoints, configure, container, doctor, journal, resume, run, slurm, submit
+from miles.cli import checkpoints, configure, container, doctor, journal, render, resume, run, slurm, submit
 from miles.errors import Interrupted, MilesError
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("submit")(submit.submit)
+app.command("render")(render.render)
 app.command("resume")(resume.resume)
 app.command("fork")(resume.fork)
 app.command("watch")(run.watch)

@@ -24,7 +24,7 @@ except SystemExit as end:
     print(json.dumps(sorted(name.partition(".")[0] for name in sys.modules)), file=sys.stderr)
     sys.exit(end.code)
 """
-COMMANDS = ["submit", "resume", "fork", "watch", "status", "logs", "stop", "save", "checkpoints", "export", "report"]
+COMMANDS = ["submit", "render", "resume", "fork", "watch", "status", "logs", "stop", "save", "checkpoints", "export", "report"]
 COMMANDS += ["runs", "init", "doctor", "version", "config", "config check", "config explain", "config show"]
 COMMANDS += ["container build"]
 
