@@ -67,7 +67,8 @@ class InJob:
         if not before or before[-1].ranks == place.ranks:
             return ""
         ranks, nodes = ("1 rank" if n == 1 else f"{n} ranks" for n in (place.ranks, before[-1].ranks))
-        return f"now with {ranks} on {len(place.nodes)} nodes, before with {nodes} on {len(before[-1].nodes)}"
+        where = "1 node" if len(place.nodes) == 1 else f"{len(place.nodes)} nodes"
+        return f"now with {ranks} on {where}, before with {nodes} on {len(before[-1].nodes)}"
 
     def true_reason(self, paths: RunPaths, step: str, place: Place, reason: EndReason) -> EndReason:
         """The ledger's word for an end, with what Slurm has said since the attempt began.

@@ -30,7 +30,10 @@ def main() -> None:
     arguments = parser.parse_args()
     log_to_stderr()
     paths = RunPaths(arguments.run_dir.absolute())
-    sys.exit(run_node(paths, arguments.step, Allocation.from_environment(os.environ), stop))
+    try:
+        sys.exit(run_node(paths, arguments.step, Allocation.from_environment(os.environ), stop))
+    finally:
+        stop.ignore()
 
 
 if __name__ == "__main__":

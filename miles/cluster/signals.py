@@ -27,6 +27,13 @@ class StopSignal:
         for number in STOP_SIGNALS:
             signal.signal(number, self._remember)
 
+    def ignore(self) -> None:
+        """From now on nothing of it matters. Python drops handlers while it ends: a repeated signal would kill it then,
+        and its exit code would be another.
+        """
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
     @property
     def requested(self) -> bool:
         return self._first is not None
