@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from miles.runs.paths import RunPaths
 
 
+_HOUSEKEEPING = ("--job-name", "--output", "--open-mode", "--export")
+"""Options that ask for nothing; `miles render` shows them."""
+
+
 def show_plan(config: RunConfig, paths: RunPaths, console: Console, *, file: Path) -> None:
     """Print each job with its dependencies, what it asks for, its command, and when Slurm would start it.
 
@@ -51,6 +55,7 @@ def _show_job(config: RunConfig, paths: RunPaths, jobs: list[PlannedJob], positi
     if job.after_end is not None and job.after_end not in job.after_success:
         after.append(f"after '{jobs[job.after_end].step}' has ended")
     options = [line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH ")]
+    options = [option for option in options if not option.startswith(_HOUSEKEEPING)]
     rows = [("after", ", ".join(after)), ("asks", " ".join(options)), ("runs", shlex.join(spec.command))]
     console.print(f"step {job.step}", style="bold", markup=False)
     for name, text in [*rows, ("starts", _estimate(script))]:

@@ -13,7 +13,7 @@ from miles.reports.blocks import column_chart, resample, sparkline
 from miles.reports.snapshot import Change, Snapshot, series
 from miles.runs.metrics import MetricsLine
 from miles.runs.progress import Progress
-from miles.workflow.status import ClusterView, JobStatus, State, StepStatus
+from miles.workflow.status import JobStatus, RunStatus, State, StepStatus
 
 SYMBOLS = {
     State.PENDING: ("·", "dim"),
@@ -71,7 +71,7 @@ def run_view(snapshot: Snapshot, *, width: int) -> RenderableType:
     status = snapshot.status
     heading = Text.assemble((status.name, "bold"), "  ", state_text(status.state), "  ", (status.directory, "dim"))
     parts: list[RenderableType] = [heading, Text(), steps_table(snapshot.status.steps)]
-    parts += jobs_lines(status.cluster, now=time.time())
+    parts += jobs_lines(status, now=time.time())
     if snapshot.running is not None and snapshot.progress is not None:
         parts += [Text(), progress_bars(snapshot.progress, finished=snapshot.recorded_steps, left=_time_left(snapshot))]
     elif snapshot.running is not None:
@@ -94,15 +94,17 @@ def steps_table(steps: list[StepStatus]) -> Table:
         symbol, style = SYMBOLS[step.state]
         time = duration(step.seconds) if step.seconds is not None else ""
         remark = step.note if step.state is State.RUNNING else _first_line(step.detail)
-        if step.state is State.PENDING and step.attempts == 0:
+        if step.state in (State.PENDING, State.QUEUED) and step.attempts == 0:
             remark = ""
         table.add_row(Text(symbol, style), Text(step.name, style), step.kind, time, Text(remark, "dim"))
     return table
 
 
-def jobs_lines(cluster: ClusterView, *, now: float) -> list[RenderableType]:
-    """The jobs that wait or run, else the last one; nothing for a run that was never submitted to a cluster."""
-    shown = cluster.live or cluster.jobs[-1:]
+def jobs_lines(status: RunStatus, *, now: float) -> list[RenderableType]:
+    """The jobs that wait or run, else the last one of the step that ended the run; nothing for a run without jobs."""
+    cluster, failed = status.cluster, status.failed_step
+    of_failed = [job for job in cluster.jobs if failed is not None and job.step == failed.name]
+    shown = cluster.live or (of_failed or cluster.jobs)[-1:]
     if not shown:
         return []
     table = Table.grid(padding=(0, 2))
