@@ -61,17 +61,11 @@ def expand(root: Node, directory: Path) -> Node:
             return node
         return replace(node, value=f"{_absolute(file, directory)}:{function}")
 
-    def absolute_image(node: Node) -> Node:
-        # An address, or the name of a container that the runtime knows, is no path.
-        is_path = _is_text(node) and "://" not in node.value and ("/" in node.value or (directory / node.value).exists())
-        return absolute(node) if is_path else node
-
     for scope in ((), ("steps", "*")):
         for path in SHORT_FORMS:
             root = root.edit((*scope, *path), _written_out)
         for path in (*PATH_KEYS, *OWN_PATH_KEYS):
             root = root.edit((*scope, *path), absolute)
-        root = root.edit((*scope, "container", "image"), absolute_image)
         root = root.edit((*scope, "container", "image"), absolute_image)
         root = root.edit((*scope, "rewards", "*", "grader"), absolute_grader)
     return root
