@@ -22,9 +22,10 @@ _WORDS = (
     (EndReason.PREEMPTED, re.compile(r"DUE TO PREEMPTION")),
     (EndReason.TIME_LIMIT, re.compile(r"DUE TO TIME LIMIT")),
     (EndReason.REQUEUED, re.compile(r"DUE TO JOB REQUEUE")),
-    (EndReason.CANCELLED, re.compile(r"CANCELLED AT \S+( \*\*\*)?\s*$")),
+    (EndReason.CANCELLED, re.compile(r"\*\*\* JOB \d+ .*CANCELLED AT \S+( \*\*\*)?\s*$")),
 )
-"""What Slurm 22.05 to 26.05 says, the most telling first: the end of a job cancels its steps, whatever it came from."""
+"""What Slurm 22.05 to 26.05 says, the most telling first: the end of a job cancels its steps, whatever it came from. A
+step alone is cancelled, in the same words, by the first signal of a preemption."""
 
 
 class EndedEarly(Interrupted):
