@@ -18,14 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import miles
-from miles.cluster.containers import container_command, source_tree, wanted_gpu
+from miles.cluster.containers import PROGRAMS, container_command, source_tree, wanted_gpu
 from miles.config.cluster import ContainerSection
 from miles.config.file_checks import is_looked_up
 from miles.config.schema import RunConfig
 from miles.workflow.fingerprint import user_paths
 
-PROGRAMS = {"apptainer": "apptainer", "singularity": "singularity", "enroot": "enroot", "charliecloud": "ch-run"}
-"""The program of each runtime."""
 _TIMEOUT = 300.0
 """Seconds; an image that is unpacked first takes a minute."""
 _MINIMUM = (3, 11)
@@ -140,7 +138,7 @@ def _runtime(runtime: str) -> Check:
     program = PROGRAMS[runtime]
     where = shutil.which(program)
     if where is None:
-        fix = f"load its module (`module avail {runtime}`), or ask the cluster's staff which runtime there is"
+        fix = f"load its module (`module avail {runtime}`; for jobs in slurm.setup), or ask the staff what there is"
         return Check("runtime", Outcome.FAILED, f"{program} is not on PATH", fix)
     words = [program, "version"] if runtime == "enroot" else [program, "--version"]
     done = _run(words)

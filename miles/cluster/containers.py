@@ -18,6 +18,9 @@ import miles
 from miles.config.cluster import ContainerSection
 from miles.errors import ConfigError
 
+PROGRAMS = {"apptainer": "apptainer", "singularity": "singularity", "enroot": "enroot", "charliecloud": "ch-run"}
+"""The program of each runtime."""
+
 CACHES = ("TRITON_*", "TORCHINDUCTOR_*", "FLASHINFER_*", "SGLANG_*")
 """Variables by which the batch script moves caches into MILES_SCRATCH."""
 
@@ -40,7 +43,7 @@ _IMAGE_DIRECTORIES = frozenset(
 
 # The beginning of what runs on the node, outside the container, in /bin/sh. Words of the run reach it as "$@" only, so
 # that none is read as shell. Without the batch script's own directory, one by the user's number: /tmp is everybody's.
-_SCRATCH = """\
+_BEGIN = """\
 set -u
 base=${TMPDIR:-}
 [ -d "$base" ] || base=%(scratch)s
@@ -49,6 +52,10 @@ scratch=${MILES_SCRATCH:-$base/miles-$(id -u)}
 if [ ! -O "$scratch" ] || [ -L "$scratch" ]; then
     echo "miles: $scratch cannot be made or is somebody else's: set MILES_SCRATCH to a directory of the node" >&2
     exit 73
+fi
+if ! command -v %(program)s >/dev/null; then
+    echo "miles: %(program)s is not on the PATH of the job: load it in slurm.setup, as in [\\"module load ...\\"]" >&2
+    exit 127
 fi
 """
 # SLURM_JWT is a key to the cluster that nothing inside needs.
@@ -127,7 +134,7 @@ def container_command(
     if source is not None:
         inside.append(f"PYTHONPATH={source}")
     end = ["--"] if section.runtime == "charliecloud" else []
-    begin = _SCRATCH % {"scratch": shlex.quote(scratch)}
+    begin = _BEGIN % {"scratch": shlex.quote(scratch), "program": PROGRAMS[section.runtime]}
     return ("/bin/sh", "-c", begin + script, "miles-container", *arguments, *section.extra_args, image, *end, *inside)
 
 

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 import miles
-from miles.cluster.container_check import PROGRAMS
-from miles.cluster.containers import Bind, bound, container_command, source_tree
+from miles.cluster.containers import PROGRAMS, Bind, bound, container_command, source_tree
 from miles.config.cluster import ContainerSection
 from miles.errors import ConfigError
 
@@ -128,6 +127,14 @@ def test_scratch_is_private_and_refused_when_it_is_a_link(tmp_path: Path) -> Non
     with pytest.raises(subprocess.CalledProcessError) as caught:
         started(tmp_path, command)
     assert caught.value.returncode == 73
+
+
+def test_a_runtime_that_the_job_does_not_find_is_named(tmp_path: Path) -> None:
+    command = container_command(section(), run_dir=tmp_path)
+    environment = {"PATH": "/usr/bin:/bin", "TMPDIR": str(tmp_path)}
+    done = subprocess.run([*command, "true"], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 127
+    assert "apptainer is not on the PATH of the job" in done.stderr and '["module load ...' in done.stderr
 
 
 def test_scratch_is_what_the_node_says(tmp_path: Path) -> None:
