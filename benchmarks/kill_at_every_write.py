@@ -46,7 +46,7 @@ def main() -> None:
     arguments = parser.parse_args()
     name = f"kill-at-every-write-{arguments.backend}-{arguments.stage}.json"
     output = arguments.output or ROOT / "benchmarks" / "results" / name
-    case = Case(arguments.backend, partial=True, steps=3, checkpoint_every=1, eval_every=3, flush_seconds=0.05)
+    case = Case(arguments.backend, partial=True, steps=2, checkpoint_every=1, eval_every=2, flush_seconds=0.2)
     changes: list[Change] = []
     died: list[Death] = []
     with tempfile.TemporaryDirectory() as directory, ProcessPoolExecutor(arguments.parallel) as pool:
