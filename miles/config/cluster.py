@@ -14,10 +14,18 @@ from miles.config.base import MayChange, NonNegativeInt, Section
 TIME_LIMIT = r"^(\d+|\d+:\d{1,2}|\d+:\d{1,2}:\d{1,2}|\d+-\d{1,2}(:\d{1,2}){0,2})$"
 """Slurm's forms: minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes[:seconds]."""
 NODE_RANGE = r"^[1-9]\d*-[1-9]\d*$"
+MEMORY = r"^[1-9]\d*[KMGT]?$"
+
+FORMS = {
+    TIME_LIMIT: ("minutes, [HH:]MM:SS or D-HH[:MM[:SS]], in quotes", "4:00:00"),
+    NODE_RANGE: ('a range "LOW-HIGH"', "2-4"),
+    MEMORY: ("megabytes, or a number with K, M, G or T, in quotes", "200G"),
+}
+"""How error messages describe each pattern, and an example."""
 
 TimeLimit = Annotated[str, Field(pattern=TIME_LIMIT)]
 NodeRange = Annotated[str, Field(pattern=NODE_RANGE)]
-Memory = Annotated[str, Field(pattern=r"^[1-9]\d*[KMGT]?$")]
+Memory = Annotated[str, Field(pattern=MEMORY)]
 
 
 class SlurmSection(Section):
@@ -66,7 +74,7 @@ class SlurmSection(Section):
     python: MayChange[str | None] = None
     """Python of the jobs; not set: the one that submits, or `python3` in a container."""
     template: MayChange[str | None] = None
-    """Your own template of the training job's script in place of Miles' (docs/slurm.md). Relative to the run file."""
+    """Your own template of the batch script in place of Miles' (docs/slurm.md). Relative to the run file."""
     extra: MayChange[dict[str, str | int | bool]] = {}
     """Any other options of sbatch by their long names: `{comment = "RL", mail-type = "END"}`; true: without value."""
 

@@ -199,6 +199,12 @@ def bounds(field: FieldInfo) -> str:
     return " and ".join(words)
 
 
+def form(field: FieldInfo) -> tuple[str, str] | None:
+    """How a text of this field is written, and an example, where it has a pattern."""
+    patterns = [getattr(item, "pattern", None) for item in _constraints(field)]
+    return next((cluster.FORMS[pattern] for pattern in patterns if pattern is not None), None)
+
+
 def _constraints(field: FieldInfo) -> Iterator[Any]:
     yield from field.metadata
     for item in get_args(field.annotation):

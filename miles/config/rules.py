@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from miles.config.cluster import SlurmSection
 from miles.config.problems import Finding, shown
 from miles.config.schema import (
     AlgorithmSection,
@@ -25,23 +26,27 @@ from miles.config.schema import (
     StepBase,
     TrainSection,
 )
+from miles.config.slurm_rules import node_bounds, slurm_findings
 from miles.errors import did_you_mean
 
 GRADERS = ("exact", "math")
 """Graders that are named without a module."""
+MAX_NODES_CHECKED = 1024
+"""Numbers of a range of nodes that are looked at one by one."""
 
 
 def step_findings(step: StepBase) -> Iterator[Finding]:
     """Everything that cannot work together in one step."""
+    yield from slurm_findings(step.slurm)
     match step:
         case SftStep():
             yield from _schedule(step.train)
-            yield from _parallelism(step.train, step.local)
+            yield from _parallelism(step.train, step.local, step.slurm)
             yield from _data(step.data, "data")
             yield from _best_checkpoint(step.checkpoint, None)
         case RlStep():
             yield from _schedule(step.train)
-            yield from _parallelism(step.train, step.local)
+            yield from _parallelism(step.train, step.local, step.slurm)
             yield from _data(step.data, "data")
             yield from _batch(step.rollout, step.algorithm, step.train)
             yield from _lengths(step.data, step.rollout, step.train, step.engine)
@@ -76,7 +81,7 @@ def _schedule(train: TrainSection) -> Iterator[Finding]:
         )
 
 
-def _parallelism(train: TrainSection, local: LocalSection) -> Iterator[Finding]:
+def _parallelism(train: TrainSection, local: LocalSection, slurm: SlurmSection) -> Iterator[Finding]:
     sizes = {
         "tensor_parallel_size": train.tensor_parallel_size,
         "pipeline_parallel_size": train.pipeline_parallel_size,
@@ -91,25 +96,41 @@ def _parallelism(train: TrainSection, local: LocalSection) -> Iterator[Finding]:
                     f'set train.{name} to 1, or train.backend to "megatron"',
                 )
         return
+    low, high = node_bounds(slurm)
+    for nodes in range(low, min(high, low + MAX_NODES_CHECKED) + 1):
+        if finding := _ranks_of_model(train, local, nodes):
+            yield finding
+            return
+
+
+def _ranks_of_model(train: TrainSection, local: LocalSection, nodes: int) -> Finding | None:
+    """Why this number of nodes cannot hold the model, if it cannot."""
+    ranks = nodes * local.ranks
+    key, given = "local.ranks", "local.ranks"
+    if nodes > 1:
+        key, given = "slurm.nodes local.ranks", f"on {nodes} nodes, slurm.nodes x local.ranks = {nodes} x {local.ranks}"
+    fix_nodes = ", allow other numbers in slurm.nodes" if nodes > 1 else ""
     model_ranks = train.tensor_parallel_size * train.pipeline_parallel_size
-    if local.ranks % model_ranks:
-        yield _finding(
-            "local.ranks train.tensor_parallel_size train.pipeline_parallel_size",
-            f"local.ranks = {local.ranks} is not divisible by train.tensor_parallel_size x "
+    if ranks % model_ranks:
+        return _finding(
+            f"{key} train.tensor_parallel_size train.pipeline_parallel_size",
+            f"{given} = {ranks} is not divisible by train.tensor_parallel_size x "
             f"train.pipeline_parallel_size = {train.tensor_parallel_size} x {train.pipeline_parallel_size} "
             f"= {model_ranks}",
-            f"set local.ranks to {_next_multiple(local.ranks, model_ranks)}, or lower the parallel sizes",
+            f"set local.ranks to {_next_multiple(local.ranks, model_ranks)}{fix_nodes}, or lower the parallel sizes",
         )
-    elif (local.ranks // train.pipeline_parallel_size) % train.expert_parallel_size:
-        stage = local.ranks // train.pipeline_parallel_size
-        wanted = train.pipeline_parallel_size * _next_multiple(stage, train.expert_parallel_size)
-        yield _finding(
-            "train.expert_parallel_size local.ranks train.pipeline_parallel_size",
+    stage = ranks // train.pipeline_parallel_size
+    if stage % train.expert_parallel_size:
+        wanted = train.pipeline_parallel_size * _next_multiple(
+            -(-local.ranks // train.pipeline_parallel_size), train.expert_parallel_size
+        )
+        return _finding(
+            f"train.expert_parallel_size {key} train.pipeline_parallel_size",
             f"train.expert_parallel_size = {train.expert_parallel_size} does not divide the {stage} ranks of "
-            f"a pipeline stage (local.ranks / train.pipeline_parallel_size = {local.ranks} / "
-            f"{train.pipeline_parallel_size})",
-            f"set local.ranks to {wanted}, or train.expert_parallel_size to a divisor of {stage}",
+            f"a pipeline stage ({given} / train.pipeline_parallel_size = {ranks} / {train.pipeline_parallel_size})",
+            f"set local.ranks to {wanted}{fix_nodes}, or train.expert_parallel_size to a divisor of {stage}",
         )
+    return None
 
 
 def _batch(rollout: RolloutSection, algorithm: AlgorithmSection, train: TrainSection) -> Iterator[Finding]:

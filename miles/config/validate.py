@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -23,6 +23,7 @@ from miles.config.fields import (
     all_keys,
     alternatives,
     bounds,
+    form,
     kinds_with,
     own_keys,
     sections_of,
@@ -42,7 +43,7 @@ BOUND_ERRORS = (
     "less_than_equal",
     "finite_number",
 )
-_ALTERNATIVE = re.compile(r"literal\[.*\]|constrained-int")
+_ALTERNATIVE = re.compile(r"literal\[.*\]|constrained-(int|str)|str|int|bool")
 """What pydantic puts behind the key of a value that may be one of several things."""
 
 SECTION_EXAMPLES = {
@@ -175,6 +176,13 @@ def _translate(detail: ErrorDetails, path: KeyPath, merged: Node, node: Node | N
     given = f"{node.key} = {shown(node.plain())}"
     wanted = _wanted(key, path)
     limit = bounds(key.field) if key else ""
+    written = form(key.field) if key else None
+    if key is not None and written is not None:
+        words, example = written
+        fix = f'for example {key.last} = "{example}"'
+        if type(node.value) is not str and not (limit and type(node.value) is int):
+            return Problem(node.place, f"{given} is {_type_of(node.value)}: {_article(wanted)} is wanted", fix)
+        return Problem(node.place, f"{given}: must be {f'a whole number {limit} or ' if limit else ''}{words}", fix)
     if detail["type"] == "too_short":
         message = f"{given}: must not be empty"
     elif detail["type"] == "alternatives" and type(node.value) is int:
@@ -193,6 +201,8 @@ def _wanted(key: Key | None, path: KeyPath) -> str:
         return "list of tables"
     if key is None:
         return "table"
+    if key.last != path[-1] and get_origin(key.field.annotation) is dict:
+        return type_name(get_args(key.field.annotation)[1])
     wanted = type_name(key.field.annotation)
     return wanted.removeprefix("list of ").removesuffix("s") if isinstance(path[-1], int) else wanted
 
@@ -202,6 +212,8 @@ def _example(key: Key | None, node: Node, wanted: str, limit: str) -> str:
         return f"write it as [[{node.key}]], with two brackets, once for each grader"
     if key is None or wanted == "table":
         return f"write it as a table, [{node.key}]"
+    if get_origin(key.field.annotation) is dict:
+        return f"write {_article(wanted)}, or leave it out"
     if key.default is not None:
         return f"for example the default, {key.last} = {shown(key.default)}"
     if key.required:
