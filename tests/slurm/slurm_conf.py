@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import socket
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -13,15 +14,21 @@ if TYPE_CHECKING:
 CPUS, GPUS, MEMORY_MB = 8, 8, 8000
 
 
+def host_address() -> str:
+    """What the host's name means: the only address on which the daemons listen (`NoInAddrAny`), usually loopback."""
+    return socket.gethostbyname(socket.gethostname())
+
+
 def slurm_conf(bed: Testbed, host: str) -> str:
-    """`slurm.conf`: every daemon on loopback with a port of its own, and timings for tests."""
+    """`slurm.conf`: every daemon on one address with a port of its own, and timings for tests."""
+    address = host_address()
     base, user = bed.directory, pwd.getpwuid(os.getuid()).pw_name
     controller_parameters = ["idle_on_node_suspend"] + ["preempt_send_user_signal"] * bed.send_user_signal
     scheduler = {"batch_sched_delay": 0, "sched_interval": 2, "sched_min_interval": 100000}
     scheduler |= {"bf_interval": 2, "bf_yield_interval": 1000000}
     settings: Mapping[str, object] = {
         "ClusterName": "testbed",
-        "SlurmctldHost": f"{host}(127.0.0.1)",
+        "SlurmctldHost": f"{host}({address})",
         "SlurmUser": user,
         "SlurmdUser": user,
         "SlurmctldPort": bed.port,
@@ -69,7 +76,7 @@ def slurm_conf(bed: Testbed, host: str) -> str:
         [f"{key}={value}" for key, value in settings.items()]
         + bed.extra
         + [
-            f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={bed.port + number} {shape}"
+            f"NodeName={name} NodeHostname={host} NodeAddr={address} Port={bed.port + number} {shape}"
             for number, name in enumerate(bed.names, start=1)
         ]
         + [

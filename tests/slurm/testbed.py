@@ -16,7 +16,7 @@ in the environment of the test, so that `sbatch` and Miles' commands simply work
 
 Partitions: low (default, preempted with REQUEUE), kill (preempted with CANCEL), high. Nodes n1, n2, ... claim 8 CPUs
 and 8 GPUs each; they share the host, its /tmp and its name: tell them apart by SLURMD_NODENAME. No systemd, no cgroups,
-no accounting, loopback only, root or not.
+no accounting, one address (that of the host's name), root or not.
 
 RUNNING is said before a script has begun, and a `slurmd` killed in between fails the job: `wait_text` for a line of the
 job's own output before you disturb it.
@@ -39,7 +39,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from .slurm_conf import GPUS, slurm_conf
+from .slurm_conf import GPUS, host_address, slurm_conf
 
 FOREIGN = ("SLURM", "SBATCH", "SRUN", "SACCT", "SQUEUE", "SINFO", "SCANCEL", "MUNGE", "MILES_")
 START_SECONDS = 60.0
@@ -353,7 +353,7 @@ def _free_ports(nodes: int) -> int:
 
 def _is_free(port: int) -> bool:
     with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) != 0
+        return probe.connect_ex((host_address(), port)) != 0
 
 
 def main() -> None:
