@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -68,7 +69,7 @@ def node(paths: RunPaths) -> Iterator[Start]:
             os.killpg(record["pid"], 9)
 
 
-def _processes(paths: RunPaths) -> list[dict[str, object]]:
+def _processes(paths: RunPaths) -> list[dict[str, Any]]:
     files = sorted(paths.all_logs.glob("attempt-*/processes*.jsonl"))
     return [record for file in files for record in read_json_lines(file)]
 

@@ -1,0 +1,93 @@
+from pathlib import Path
+
+import pytest
+
+from miles.cluster.endings import EndedEarly, end_reason, read_output, slurm_word, why_signalled
+from miles.cluster.launch import Failure, cause
+from miles.errors import EngineError, Interrupted, MilesError, RunError, TrainerError
+from miles.runs.attempts import EndReason
+
+
+@pytest.mark.parametrize(
+    ("error", "came_up", "reason"),
+    [
+        (EndedEarly("x", EndReason.NODE_FAILURE), True, EndReason.NODE_FAILURE),
+        (Interrupted("x"), True, EndReason.STOPPED),
+        (EngineError("x"), False, EndReason.ENGINE_START),
+        (EngineError("x"), True, EndReason.ENGINE_CRASH),
+        (TrainerError("x"), True, EndReason.TRAINER_CRASH),
+        (RunError("x"), True, EndReason.FAILED),
+    ],
+)
+def test_word_for_an_error(error: MilesError, came_up: bool, reason: EndReason) -> None:
+    assert end_reason(error, engines_came_up=came_up) is reason
+
+
+@pytest.mark.parametrize(
+    ("stop", "end", "reason"),
+    [
+        (True, None, EndReason.STOPPED),
+        (True, 1010.0, EndReason.STOPPED),
+        (False, None, EndReason.PREEMPTED),
+        (False, 1000.0 + 300 + 91, EndReason.PREEMPTED),
+        (False, 1000.0 + 300 + 60, EndReason.TIME_LIMIT),
+        (False, 900.0, EndReason.TIME_LIMIT),
+    ],
+)
+def test_why_a_signal_came(stop: bool, end: float | None, reason: EndReason) -> None:
+    assert why_signalled(stop_requested=stop, end=end, now=1000.0, lead=300.0) is reason
+
+
+STEP = "slurmstepd: error: *** STEP 12.0 ON n1 CANCELLED AT 2026-01-02T03:04:05 "
+JOB = "slurmstepd: error: *** JOB 12 ON n1 CANCELLED AT 2026-01-02T03:04:05 "
+
+
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [
+        ("", None),
+        ("2026-01-02 INFO step grpo: done", None),
+        (f"{JOB}DUE TO PREEMPTION ***\n{STEP}DUE TO PREEMPTION ***", EndReason.PREEMPTED),
+        (f"{STEP}***\n{JOB}DUE TO PREEMPTION ***", EndReason.PREEMPTED),
+        (f"{JOB}DUE TO TIME LIMIT ***", EndReason.TIME_LIMIT),
+        (f"{JOB}DUE TO NODE FAILURE, SEE SLURMCTLD LOG FOR DETAILS ***", EndReason.NODE_FAILURE),
+        (f"srun: error: Node failure on n2\n{STEP}***", EndReason.NODE_FAILURE),
+        (f"{JOB}DUE TO JOB REQUEUE ***", EndReason.REQUEUED),
+        (f"{STEP}***", None),
+        (f"{JOB}***", EndReason.CANCELLED),
+        (f"{JOB}", EndReason.CANCELLED),
+        ("slurmstepd: error: Detected 1 oom-kill event(s) in StepId=12.0.", EndReason.OUT_OF_MEMORY),
+        ("srun: error: n1: task 0: Out Of Memory", EndReason.OUT_OF_MEMORY),
+        ("srun: error: n1: task 0: Exited with exit code 6", None),
+        ("ValueError: the job was CANCELLED AT noon DUE TO PREEMPTION", None),
+    ],
+)
+def test_what_slurm_says_in_the_output(output: str, reason: EndReason | None) -> None:
+    assert slurm_word(output) is reason
+
+
+def test_part_of_an_output(tmp_path: Path) -> None:
+    file = tmp_path / "out"
+    assert read_output(file) == ""
+    file.write_text("first\nsecond\n")
+    assert read_output(file, 6) == "second\n"
+    assert read_output(file, 0, 6) == "first\n"
+
+
+def _failure(name: str, kind: str = "TrainerError", *, explained: bool = False, killed: bool = False) -> Failure:
+    return Failure(name, kind, "", None, explained, killed)
+
+
+@pytest.mark.parametrize(
+    ("failures", "believed"),
+    [
+        ([_failure("lost its peer"), _failure("killed", killed=True)], "killed"),
+        ([_failure("killed", killed=True), _failure("says why", "DataError", explained=True)], "says why"),
+        ([_failure("first"), _failure("second")], "first"),
+        ([_failure("agreed", "Interrupted", explained=True), _failure("died")], "died"),
+        ([_failure("agreed", "Interrupted", explained=True)], None),
+    ],
+)
+def test_which_of_several_failures_is_believed(failures: list[Failure], believed: str | None) -> None:
+    found = cause(failures)
+    assert (None if found is None else found.name) == believed
