@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 import shlex
+import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -62,8 +63,9 @@ def render_job(spec: JobSpec, template: str | None = None) -> str:
 
 def check_script(text: str) -> None:
     """Raise ConfigError when bash cannot read the script: a mistake in slurm.setup or in a template of the user's."""
+    bash = shutil.which("bash") or "/bin/bash"
     checked = subprocess.run(
-        ["bash", "-n"], input=text.encode(errors="surrogateescape"), capture_output=True, check=False, timeout=60
+        [bash, "-n"], input=text.encode(errors="surrogateescape"), capture_output=True, check=False, timeout=60
     )
     if checked.returncode:
         said = checked.stderr.decode(errors="replace").strip()
