@@ -179,7 +179,7 @@ class Supervision:
 
     def _meet_elsewhere(self, peers: Followers) -> None:
         log.warning("another program took port %d, where the ranks were to meet", self._port)
-        peers.meet_at(choose_meeting_port(self._launcher, self._network))
+        peers.meet_at(choose_meeting_port(self._launcher, self._network, avoid=self._port))
         self._begin_anew(peers.port)
 
     def _signal_ranks(self) -> EndReason | None:
@@ -269,6 +269,7 @@ class Supervision:
         return EndedEarly(what, EndReason.TIME_LIMIT, fix=continues(self._paths))
 
 
-def choose_meeting_port(launcher: Launcher, network: Network) -> int:
+def choose_meeting_port(launcher: Launcher, network: Network, *, avoid: int | None = None) -> int:
     """A free port of this node where the trainer ranks can meet."""
-    return choose_ports(1, seed=launcher.port_seed + 63, host=network.address)[0]
+    ports = choose_ports(2, seed=launcher.port_seed + 63, host=network.address)
+    return next(port for port in ports if port != avoid)

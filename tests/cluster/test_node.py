@@ -237,6 +237,13 @@ def test_attempts_without_progress_are_not_repeated_for_ever(paths: RunPaths, no
     assert node(0, nodes=1, restart=3).wait(timeout=60) == 0, "a person has submitted it again"
 
 
+def test_ranks_meet_elsewhere_when_their_port_is_taken(paths: RunPaths, node: Start) -> None:
+    assert _ends(node(0, worker="robbed"), node(1, worker="robbed"), paths=paths) == [0, 0]
+    ranks = [json.loads((paths.step(STEP) / f"rank-{rank}.json").read_text()) for rank in range(2)]
+    assert ranks[0]["MASTER_PORT"] == ranks[1]["MASTER_PORT"] != (paths.root / "robbed").read_text()
+    assert [attempt.reason for attempt in read_attempts(paths)] == [EndReason.FINISHED]
+
+
 def test_other_number_of_nodes_is_noted(paths: RunPaths, node: Start) -> None:
     nodes = [node(0, worker="obey"), node(1, worker="obey")]
     waiting_pids(paths, 0), waiting_pids(paths, 1)

@@ -61,3 +61,14 @@ print(stop.requested)
 
 def test_without_a_deadline_time_does_not_end() -> None:
     assert run("stop = StopRequest.from_environment(); print(stop.requested, stop.seconds_left)") == ["False", "inf"]
+
+
+def test_sigusr1_leaves_the_time_until_a_known_deadline() -> None:
+    body = """
+stop = StopRequest(deadline=time.time() + 300, grace_seconds=30)
+os.kill(os.getpid(), signal.SIGUSR1)
+print(stop.requested, stop.seconds_left > 290)
+os.kill(os.getpid(), signal.SIGTERM)
+print(stop.seconds_left > 290)
+"""
+    assert run(body) == ["True", "True", "True"]

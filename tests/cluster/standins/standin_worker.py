@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from miles.errors import DataError, Interrupted, RunError
+from miles.errors import DataError, Interrupted, PortTaken, RunError
 from miles.runs.endpoints import read_endpoints
 from miles.runs.failures import exit_with_failures
 from miles.runs.metrics import MetricsWriter
@@ -42,6 +42,9 @@ def main() -> None:
     elif behaviour == "fail" and rank == 1:
         print("the last word of rank 1", flush=True)
         sys.exit(7)
+    elif behaviour == "robbed":
+        meet()
+        (output / f"rank-{rank}.json").write_text(json.dumps(dict(os.environ)))
     elif behaviour == "explain" and rank == 1:
         raise DataError("prompt 17 is longer than the context", fix="set data.too_long")
     elif behaviour == "punctual":
@@ -49,6 +52,16 @@ def main() -> None:
         raise Interrupted("stopped before step 2 of 9")
     else:
         wait()
+
+
+def meet() -> None:
+    """The first port where the ranks are to meet is taken: rank 0 says so, the others wait there for ever."""
+    robbed, port = paths.root / "robbed", os.environ["MASTER_PORT"]
+    if rank == 0 and not robbed.exists():
+        robbed.write_text(port)
+        raise PortTaken("the trainer ranks cannot meet")
+    while not robbed.exists() or robbed.read_text() == port:
+        time.sleep(0.02)
 
 
 def wait() -> None:
