@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from miles.cluster.slurm.commands import Slurm
 from miles.cluster.slurm.jobs import JobKind, JobRecord, append_job, read_jobs
 from miles.cluster.slurm.queue import ask
-from miles.cluster.slurm.render import render_job
+from miles.cluster.slurm.render import check_script, render_job
 from miles.cluster.slurm.spec import job_spec
 from miles.config.load import load_resolved
 from miles.config.schema import RunConfig
@@ -77,6 +77,9 @@ def submit_run(paths: RunPaths, slurm: Slurm) -> list[JobRecord]:
     config = load_resolved(paths.root)
     submitted_before = {record.step for record in read_jobs(paths)}
     jobs = plan_jobs(config, paths)
+    for step in dict.fromkeys(job.step for job in jobs):
+        # A mistake in the script of a later step is told before the first job is submitted.
+        check_script(render_job(job_spec(config, step, paths, dependency=None)))
     records: list[JobRecord] = []
 
     def submit(job: PlannedJob) -> None:
