@@ -23,7 +23,7 @@ from tests.chaos.audit import checkpoint_findings, metric_findings, process_find
 from tests.chaos.run import STAGE, WARMUP, Case, last_step, python_path
 
 SECONDS = 120.0
-CASE = Case(steps=5, checkpoint_every=2, eval_every=5, hidden_size=64)
+CASE = Case("fsdp", steps=4, checkpoint_every=2, eval_every=4, hidden_size=64)
 TO_DO = ["prepare", WARMUP, STAGE]
 
 
@@ -134,7 +134,7 @@ def test_a_finished_run_is_told_and_does_nothing_when_it_is_run_again(finished: 
     user, paths = finished, finished.run()
     assert [attempt.reason for attempt in read_attempts(paths)] == [EndReason.FINISHED] * 3
     assert "it is done" in user.miles("explain", "proof")
-    assert "step 5" in user.miles("logs", "proof", "--role", "trainer", "--node", read_attempts(paths)[-1].host)
+    assert "step 4" in user.miles("logs", "proof", "--role", "trainer", "--node", read_attempts(paths)[-1].host)
     attempts, jobs = paths.attempts.read_bytes(), read_jobs(paths)
     assert "is done" in user.miles("resume", "proof")
     job = jobs[-1].job

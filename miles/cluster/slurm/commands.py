@@ -84,7 +84,8 @@ class Slurm:
     def test_only(self, script: Path) -> str:
         """When and where Slurm would start this script now: `2026-11-23 03:30:49 using 2 processors on nodes ...`."""
         output = self._run("sbatch", "--test-only", str(script))
-        found = re.search(r"to start at (\S+)(.*)", output)
+        # 26.05 has a stray word before "using".
+        found = re.search(r"to start at (\S+).*?((?: using .*)?)$", output, flags=re.MULTILINE)
         if found is None:
             return output.strip()
         start = unix_time(found[1])
@@ -139,6 +140,10 @@ class Slurm:
                 self._run("scancel", *options, *map(str, wanted[begin : begin + MAX_IDS]))
             except UnknownJob:
                 continue
+
+    def kill_processes(self, job: int) -> None:
+        """SIGKILL the processes of the job's first step; the job itself is not cancelled, as by SIGKILL to all of it."""
+        self._run("scancel", "--signal=KILL", f"{job}.0")
 
     def requeue(self, job: int) -> None:
         """End the job's run and put it back into the queue. SlurmError where the site or the job forbids it."""

@@ -53,7 +53,7 @@ def preempt_run(
             slurm.cancel([job.id], signal="USR1", batch=True)
             return _end_after(slurm, job, grace, say)
         case Preemption.KILL:
-            slurm.cancel([job.id], signal="KILL")
+            slurm.kill_processes(job.id)
             _requeue(slurm, job, say)
         case Preemption.NODE:
             node = job.nodes[-1]
