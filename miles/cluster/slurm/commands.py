@@ -142,7 +142,7 @@ class Slurm:
                 continue
 
     def kill_processes(self, job: int) -> None:
-        """SIGKILL the processes of the job's first step; the job itself is not cancelled, as by SIGKILL to all of it."""
+        """SIGKILL the processes of the job's first step. The same signal to the whole job would cancel it."""
         self._run("scancel", "--signal=KILL", f"{job}.0")
 
     def requeue(self, job: int) -> None:
