@@ -102,7 +102,7 @@ def extra_problems(extra: Mapping[str, str | int | bool]) -> Iterator[tuple[str,
             yield name, f"{given}: Miles sees to --{name} itself", OWN[name]
         elif name not in KNOWN:
             fix = "write the long name of an option without its dashes (`sbatch --help`), for example mail-type"
-            yield name, f"{given!r}: sbatch has no such option.{did_you_mean(name, KNOWN - set(OWN))}", fix
+            yield name, f"{given}: sbatch has no such option.{did_you_mean(name, KNOWN - set(OWN))}", fix
         elif value is False:
             yield name, f"{given} = false: options are not switched off", "leave it out"
         elif value is True and name in _VALUES:

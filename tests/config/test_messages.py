@@ -453,6 +453,99 @@ CASES = {
         "model's context of 4096 tokens",
         "fix: set rollout.max_response_tokens to at most 4095",
     ),
+    # Slurm
+    "time limit in another form": (
+        HEAD + '[slurm]\ntime = "4h"',
+        'run.toml:5: slurm.time = "4h": must be minutes, [HH:]MM:SS or D-HH[:MM[:SS]], in quotes',
+        'fix: for example time = "4:00:00"',
+    ),
+    "time limit without quotes": (
+        HEAD + "[slurm]\ntime = 240",
+        "run.toml:5: slurm.time = 240 is a whole number: a string is wanted",
+        'fix: for example time = "4:00:00"',
+    ),
+    "memory in another form": (
+        HEAD + '[slurm]\nmemory_per_node = "200 GB"',
+        'run.toml:5: slurm.memory_per_node = "200 GB": must be megabytes, or a number with K, M, G or T, in quotes',
+        'fix: for example memory_per_node = "200G"',
+    ),
+    "no number of nodes": (
+        HEAD + "[slurm]\nnodes = 0",
+        'run.toml:5: slurm.nodes = 0: must be a whole number >= 1 or a range "LOW-HIGH"',
+        'fix: for example nodes = "2-4"',
+    ),
+    "range of nodes that is none": (
+        HEAD + '[slurm]\nnodes = "two"',
+        'run.toml:5: slurm.nodes = "two": must be a whole number >= 1 or a range "LOW-HIGH"',
+        'fix: for example nodes = "2-4"',
+    ),
+    "range of nodes the wrong way round": (
+        HEAD + '[slurm]\nnodes = "4-2"',
+        'run.toml:5: slurm.nodes = "4-2": the range is empty',
+        'fix: write "2-4"',
+    ),
+    "number of nodes that cannot hold the model": (
+        HEAD + '[train]\ntensor_parallel_size = 4\n[local]\nranks = 2\n[slurm]\nnodes = "2-4"',
+        "run.toml:9: on 3 nodes, slurm.nodes x local.ranks = 3 x 2 = 6 is not divisible by "
+        "train.tensor_parallel_size x train.pipeline_parallel_size = 4 x 1 = 4",
+        "fix: set local.ranks to 4, allow other numbers in slurm.nodes, or lower the parallel sizes",
+    ),
+    "type of GPU without GPUs": (
+        HEAD + '[slurm]\ngpu_type = "h100"',
+        'run.toml:5: slurm.gpu_type = "h100" without slurm.gpus_per_node: no GPU is asked for',
+        "fix: set both, or neither",
+    ),
+    "type of GPU with a number": (
+        HEAD + '[slurm]\ngpus_per_node = 8\ngpu_type = "h100:8"',
+        "run.toml:6: slurm.gpu_type = \"h100:8\": a type has letters, digits, '_', '.' and '-' only",
+        "fix: write the type alone, for example h100",
+    ),
+    "jobs that would end as they begin": (
+        HEAD + '[slurm]\ntime = "5"',
+        'run.toml:5: slurm.save_lead_minutes = 5 with slurm.time = "5": each job would save and end as soon '
+        "as it begins",
+        "fix: give the job more time, or a shorter lead",
+    ),
+    "signal too early for sbatch": (
+        HEAD + "[slurm]\nsave_lead_minutes = 2000",
+        "run.toml:5: slurm.save_lead_minutes = 2000: sbatch signals at most 1092 minutes before the end",
+        "fix: set it to at most 1092",
+    ),
+    "chain of one job": (
+        HEAD + '[slurm]\nrestart = "chain"\nchain_length = 1',
+        'run.toml:6: slurm.restart = "chain" with slurm.chain_length = 1: there is no job to take over',
+        "fix: set slurm.chain_length to 2 or more",
+    ),
+    "line break in a name of the cluster": (
+        HEAD + '[slurm]\npartition = "a\\n#SBATCH --wrap=b"',
+        'run.toml:5: slurm.partition = "a\\n#SBATCH --wrap=b": holds a line break or control character',
+        "fix: write it on one line, or leave partition out",
+    ),
+    "option of sbatch that Miles sets": (
+        HEAD + '[slurm.extra]\ngres = "gpu:8"',
+        "run.toml:5: slurm.extra.gres: Miles sees to --gres itself",
+        "fix: write slurm.gpus_per_node and slurm.gpu_type",
+    ),
+    "option that sbatch does not have": (
+        HEAD + '[slurm.extra]\nmail_type = "END"',
+        "run.toml:5: slurm.extra.mail_type: sbatch has no such option. Did you mean 'mail-type'?",
+        "fix: write the long name of an option without its dashes (`sbatch --help`), for example mail-type",
+    ),
+    "option of sbatch without its value": (
+        HEAD + "[slurm.extra]\ncomment = true",
+        "run.toml:5: slurm.extra.comment = true: --comment takes a value",
+        'fix: write comment = "..."',
+    ),
+    "option of sbatch of another type": (
+        HEAD + "[slurm.extra]\nnice = 1.5",
+        "run.toml:5: slurm.extra.nice = 1.5 is a number: a string, whole number or true or false is wanted",
+        "fix: write a string, whole number or true or false, or leave it out",
+    ),
+    "template missing": (
+        HEAD + '[slurm]\ntemplate = "mine.j2"',
+        'mine.j2": no such file',
+        "fix: correct the path; it is relative to the run file",
+    ),
 }
 
 

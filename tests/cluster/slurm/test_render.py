@@ -173,7 +173,7 @@ def test_nothing_of_a_value_is_executed(words: list[str], value: str, directory:
         ({"extra": {"partition": "x"}}, "slurm.extra.partition: Miles sees to --partition itself", "slurm.partition"),
         ({"extra": {"gpus": 8}}, "slurm.extra.gpus: Miles sees to --gpus itself", "slurm.gpus_per_node"),
         ({"extra": {"mail-typ": "END"}}, "sbatch has no such option. Did you mean 'mail-type'?", "long name"),
-        ({"extra": {"p": "x"}}, "'slurm.extra.p': sbatch has no such option", "long name"),
+        ({"extra": {"p": "x"}}, "slurm.extra.p: sbatch has no such option", "long name"),
         ({"extra": {"comment": True}}, "slurm.extra.comment = true: --comment takes a value", 'comment = "..."'),
         ({"extra": {"hold": "yes"}}, "--hold takes no value", "hold = true"),
         ({"extra": {"hold": False}}, "options are not switched off", "leave it out"),
