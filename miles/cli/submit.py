@@ -36,6 +36,8 @@ def submit(
 
     if dry_run and local:
         raise ConfigError("--dry-run shows jobs of Slurm, and --local has none", fix="leave one of them out")
+    if dry_run and fresh:
+        raise ConfigError("--dry-run changes nothing, and --fresh sets a run aside", fix="leave one of them out")
     if not local and shutil.which("sbatch") is None:
         raise ConfigError(
             "Slurm is not on this machine: there is no sbatch in PATH",
@@ -46,7 +48,7 @@ def submit(
         from miles.cli.plan import show_plan
 
         with console.status("checking the run file, the model and the data"):
-            config, paths = preview_run(file, set_ or [], fresh=fresh)
+            config, paths = preview_run(file, set_ or [])
         show_plan(config, paths, console, file=file)
         return
     existing = existing_run(file, set_ or [])

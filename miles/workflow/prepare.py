@@ -61,15 +61,13 @@ def existing_run(file: Path, overrides: Sequence[str]) -> RunPaths | None:
     return paths if paths.root.exists() else None
 
 
-def preview_run(file: Path, overrides: Sequence[str], *, fresh: bool) -> tuple[RunConfig, RunPaths]:
+def preview_run(file: Path, overrides: Sequence[str]) -> tuple[RunConfig, RunPaths]:
     """What `prepare_run` would start from, with its checks, without writing anything.
 
     Raises what `prepare_run` raises, but for what only writing can find.
     """
     config = load_run(file, overrides)
     paths = run_directory(config)
-    if fresh and paths.root.exists():
-        paths = RunPaths(paths.root.with_name(f".{config.name}.fresh"))  # not there: everything is to do
     if paths.root.exists():
         check_config(paths, config)
     _check_packages(config)
