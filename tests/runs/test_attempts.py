@@ -3,7 +3,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from miles.runs.attempts import EndReason, begin_attempt, end_attempt, read_attempts
+from miles.runs.attempts import EndReason, Place, begin_attempt, end_attempt, read_attempts
 from miles.runs.paths import RunPaths
 
 BEGIN_AND_DIE = """
@@ -52,3 +52,12 @@ def test_number_is_claimed_by_the_directory_even_without_a_ledger_line(tmp_path:
     paths = RunPaths(tmp_path)
     paths.logs(4).mkdir(parents=True)
     assert begin_attempt(paths, "grpo") == 5
+
+
+def test_attempt_in_a_job_knows_its_place_and_can_be_closed_later(tmp_path: Path) -> None:
+    paths = RunPaths(tmp_path)
+    number = begin_attempt(paths, "grpo", place=Place(12, 1, ["n1", "n2"], 4, 100, [3, 4096]))
+    end_attempt(paths, number, EndReason.PREEMPTED, ended=1.5e9)
+    (attempt,) = read_attempts(paths)
+    assert attempt.place == Place(12, 1, ["n1", "n2"], 4, 100, [3, 4096])
+    assert (attempt.ended, attempt.exit_code) == (1.5e9, None)

@@ -165,3 +165,32 @@ def test_fence_comes_from_the_environment(tmp_path: Path, monkeypatch: pytest.Mo
         Fence.from_environment(paths).check()
     monkeypatch.setenv(CLAIM_VARIABLE, "2")
     Fence.from_environment(paths).check()
+
+
+@pytest.mark.parametrize(
+    ("job", "restart", "live", "allowed"),
+    [
+        (12, 1, {12}, True),  # a later run of the same job
+        (12, 0, {12}, False),
+        (13, 0, {12, 13}, False),
+        (13, 0, {13}, True),  # the holder's job has ended
+        (13, 0, None, False),
+        (None, 0, set(), True),
+        (None, 0, {12}, False),
+    ],
+)
+def test_claim_of_a_job_on_another_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job: int | None, restart: int, live: set[int] | None, allowed: bool
+) -> None:
+    paths = RunPaths(tmp_path)
+    monkeypatch.setenv("SLURMD_NODENAME", "n1")
+    Claim.acquire(paths, job=12, restart=0)
+    monkeypatch.setenv("SLURMD_NODENAME", "n2")
+    if allowed:
+        claim = Claim.acquire(paths, job=job, restart=restart, live_jobs=live)
+        assert claim.number == 2
+        assert claim.previous is not None
+        assert (claim.previous.job, claim.previous.identity.node) == (12, "n1")
+    else:
+        with pytest.raises(RunError, match=r"on n1 in job 12"):
+            Claim.acquire(paths, job=job, restart=restart, live_jobs=live)
