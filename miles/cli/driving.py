@@ -23,9 +23,12 @@ def drive(prepared: Prepared, console: Console, *, detach: bool, last: tuple[str
     `last` is the command, with its meaning, that a run which is done ends with. Raises the MilesError that ended it.
     """
     from miles.cluster.local import start_driver
+    from miles.config.load import load_resolved
+    from miles.config.rules import refuse_ranks_of_one_node
     from miles.reports.watch import watch_run
 
     paths = prepared.paths
+    refuse_ranks_of_one_node(load_resolved(paths.root))
     name = run_argument(paths.root)
     _introduce(prepared, console)
     driver = start_driver(paths)

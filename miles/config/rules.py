@@ -22,12 +22,13 @@ from miles.config.schema import (
     RewardSection,
     RlStep,
     RolloutSection,
+    RunConfig,
     SftStep,
     StepBase,
     TrainSection,
 )
 from miles.config.slurm_rules import node_bounds, slurm_findings
-from miles.errors import did_you_mean
+from miles.errors import ConfigError, did_you_mean
 
 GRADERS = ("exact", "math")
 """Graders that are named without a module."""
@@ -59,6 +60,15 @@ def step_findings(step: StepBase) -> Iterator[Finding]:
             yield from _sampling(step.rollout)
             yield from _rewards(step.rewards)
             yield from _evaluation(step.eval, required=True)
+
+
+def refuse_ranks_of_one_node(config: RunConfig) -> None:
+    """Raise ConfigError for a step that several nodes can hold, as was checked, but this one (`--local`) not."""
+    for name, step in config.steps.items():
+        if isinstance(step, SftStep | RlStep) and step.train.backend is Backend.MEGATRON:
+            finding = _ranks_of_model(step.train, step.local, nodes=1)
+            if finding is not None:
+                raise ConfigError(f"step '{name}' needs several nodes: on this one, {finding.message}", fix=finding.fix)
 
 
 def _finding(keys: str, message: str, fix: str) -> Finding:

@@ -84,7 +84,7 @@ def test_the_script_is_the_recorded_one(name: str) -> None:
     file = GOLDEN / f"{name}.sbatch"
     recorded, now = file.read_text().splitlines(), render_job(JOBS[name]).splitlines()
     difference = "\n".join(difflib.unified_diff(recorded, now, f"recorded: {file.name}", "rendered now", lineterm=""))
-    assert not difference, f"{difference}\n\nIf this is meant: python {Path(__file__).relative_to(Path.cwd())}"
+    assert not difference, f"{difference}\n\nIf this is meant: python tests/cluster/slurm/test_render.py"
 
 
 @pytest.mark.parametrize("name", JOBS)
