@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from rich.console import Console
 
@@ -78,6 +78,17 @@ def cluster_views(paths: RunPaths, *, every: float = ASK_SLURM_SECONDS) -> Calla
     from miles.cluster.slurm.queue import ViewOfQueue
 
     return ViewOfQueue(paths, every=every)
+
+
+def views_of_runs(runs: Sequence[RunPaths]) -> list[ClusterView]:
+    """What Slurm says about the jobs of many runs, asked once; not asked when none was ever submitted."""
+    from miles.workflow.status import ClusterView
+
+    if not any(map(on_slurm, runs)):
+        return [ClusterView() for _ in runs]
+    from miles.cluster.slurm.queue import cluster_views
+
+    return cluster_views(runs)
 
 
 def run_is_live(paths: RunPaths, views: Callable[[], ClusterView]) -> Callable[[], bool]:

@@ -19,6 +19,7 @@ from miles.cli.common import (
     run_argument,
     run_is_live,
     stdout,
+    views_of_runs,
 )
 
 
@@ -173,7 +174,8 @@ def runs(
     from miles.runs.directory import list_runs
     from miles.workflow.status import State, summarize_run
 
-    found = [summarize_run(paths, cluster_views(paths)()) for paths in list_runs(directory)]
+    listed = list_runs(directory)
+    found = [summarize_run(paths, view) for paths, view in zip(listed, views_of_runs(listed), strict=True)]
     if json:
         from dataclasses import asdict
 

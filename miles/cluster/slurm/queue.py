@@ -6,7 +6,7 @@ Slurm being down, absent, or having forgotten a job is no error here: the ledger
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from miles.cluster.slurm.commands import Slurm
@@ -96,6 +96,26 @@ def cluster_view(paths: RunPaths, connect: Callable[[], Slurm] = onlooker) -> Cl
     """What Slurm says about the run's jobs, for `miles.workflow.status`."""
     queue = look(paths, connect)
     return ClusterView() if queue is None else ClusterView([_status(job) for job in queue.jobs], queue.problem)
+
+
+def cluster_views(runs: Sequence[RunPaths], connect: Callable[[], Slurm] = onlooker) -> list[ClusterView]:
+    """The same for many runs with one question. A run whose ledger of jobs is damaged counts as one without jobs."""
+    ledgers: list[list[JobRecord]] = []
+    for paths in runs:
+        try:
+            ledgers.append(read_jobs(paths))
+        except MilesError:
+            ledgers.append([])  # `miles status` says what is wrong with it
+    ids = [record.job for ledger in ledgers for record in ledger]
+    known, problem = {}, ""
+    try:
+        known = connect().jobs(ids) if ids else {}
+    except MilesError as error:
+        problem = error.message
+    return [
+        ClusterView([_status(SubmittedJob(record, known.get(record.job))) for record in ledger], problem)
+        for ledger in ledgers
+    ]
 
 
 class ViewOfQueue:
