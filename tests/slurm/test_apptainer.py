@@ -13,15 +13,21 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from miles.cluster.containers import container_command
+from miles.cluster.slurm.jobs import read_jobs
 from miles.config.cluster import ContainerSection
+from miles.runs.attempts import EndReason, read_attempts
+from miles.runs.paths import RunPaths
 from slurm.testbed import Testbed, wait_text
+from tests.chaos.audit import checkpoint_findings, metric_findings, process_findings, weight_findings
+from tests.chaos.run import STAGE, Case, last_step
 
 REPOSITORY = Path(__file__).parents[2]
 PYTHON = shutil.which("python3", path="/usr/bin:/usr/local/bin")
@@ -106,6 +112,12 @@ def section(image: Path, **keys: object) -> ContainerSection:
     )
 
 
+def own_programs() -> list[str]:
+    """Binds that bring this Python, and all that it has installed, into the empty image."""
+    prefixes = {sys.prefix, sys.base_prefix} - {"/usr"}
+    return ["/usr:/usr:ro", *(f"{prefix}:{prefix}:ro" for prefix in sorted(prefixes))]
+
+
 @pytest.fixture(params=["this", "nobody"])
 def user(request: pytest.FixtureRequest) -> int:
     """Number of the user who starts the container."""
@@ -168,14 +180,12 @@ def test_signals_reach_the_process_and_its_exit_code_comes_out(image: Path, run_
 
 
 def test_check_answers_every_question(image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prefixes = {sys.prefix, sys.base_prefix} - {"/usr"}
-    binds = ["/usr:/usr:ro", *(f"{prefix}:{prefix}:ro" for prefix in sorted(prefixes))]
     run_file = tmp_path / "run.toml"
     run_file.write_text(f"""name = 'r'
 runs_dir = '{tmp_path}/runs'
 steps.t.kind = 'tiny-task'
 slurm.python = '{sys.executable}'
-container = {{ runtime = 'apptainer', image = '{image}', binds = {binds} }}
+container = {{ runtime = 'apptainer', image = '{image}', binds = {own_programs()} }}
 """)
     found = json.loads(miles("container", "check", str(run_file), "--json"))
     assert {each["outcome"] for each in found} == {"ok"}, found
@@ -215,3 +225,50 @@ wait $srun
     (tmp_path / "end").touch()
     ended = slurm.wait_state(job, "COMPLETED", "FAILED")
     assert ended["ExitCode"] == "75:0", out.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_run_of_two_nodes_in_containers_is_preempted_and_ends_with_the_same_bits(
+    apptainer: str, image: Path, slurm: Testbed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = Case(steps=5, checkpoint_every=2, eval_every=5, hidden_size=64).write(tmp_path / "files")
+    (tmp_path / "contained.toml").write_text(f"""extends = "{file}"
+runs_dir = "{tmp_path}/runs"
+slurm.python = "{sys.executable}"
+slurm.setup = ["export APPTAINER_USERNS=1 PATH={Path(apptainer).parent}:$PATH"]
+container = {{ runtime = "apptainer", image = "{image}", binds = {own_programs()} }}
+steps.{STAGE}.slurm.nodes = 2
+""")
+    monkeypatch.chdir(tmp_path)
+    whole, preempted = RunPaths(tmp_path / "runs" / "proof"), RunPaths(tmp_path / "runs" / "preempted")
+    miles("submit", "contained.toml")
+    until(lambda: _is_done(whole), "the run is not done")
+
+    miles("fork", "proof", "preempted", "--stage", STAGE, "--from", "start")
+    miles("resume", "preempted")
+    until(lambda: last_step(preempted) >= 2, "step 2 does not come")
+    slurm.preempt(read_jobs(preempted)[-1].job)
+    until(lambda: _is_done(preempted), "the preempted run is not done")
+
+    ends = [attempt.reason for attempt in read_attempts(preempted) if attempt.step == STAGE]
+    assert ends == [EndReason.PREEMPTED, EndReason.FINISHED]
+    assert [
+        *weight_findings(preempted, whole, (STAGE,)),
+        *metric_findings(preempted, whole, (STAGE,)),
+        *checkpoint_findings(preempted, (STAGE,)),
+        *process_findings(preempted),
+    ] == []
+
+
+def _is_done(paths: RunPaths) -> bool:
+    state = json.loads(miles("status", str(paths.root), "--json"))["state"]
+    assert state not in ("failed", "stopped"), miles("explain", str(paths.root))
+    return state == "done"
+
+
+def until(true: Callable[[], bool], what: str) -> None:
+    end = time.monotonic() + 400
+    while not true():
+        assert time.monotonic() < end, what
+        time.sleep(1)
