@@ -22,7 +22,10 @@ from slurm.testbed import Testbed
 from tests.chaos.audit import checkpoint_findings, metric_findings, process_findings, weight_findings
 from tests.chaos.run import STAGE, WARMUP, Case, last_step, python_path
 
-SECONDS = 120.0
+pytestmark = pytest.mark.timeout(900)
+"""Half a minute each on an idle machine, minutes on one that many share."""
+SECONDS = 300.0
+"""For one state of a run to come."""
 CASE = Case("fsdp", steps=4, checkpoint_every=2, eval_every=4, hidden_size=64)
 TO_DO = ["prepare", WARMUP, STAGE]
 
