@@ -24,8 +24,8 @@ except SystemExit as end:
     print(json.dumps(sorted(name.partition(".")[0] for name in sys.modules)), file=sys.stderr)
     sys.exit(end.code)
 """
-COMMANDS = ["submit", "render", "resume", "fork", "watch", "status", "logs", "stop", "save", "checkpoints", "export", "report"]
-COMMANDS += ["runs", "init", "doctor", "version", "config", "config check", "config explain", "config show"]
+COMMANDS = ["submit", "render", "resume", "fork", "watch", "status", "logs", "stop", "save", "checkpoints", "export"]
+COMMANDS += ["report", "runs", "init", "doctor", "version", "config", "config check", "config explain", "config show"]
 COMMANDS += ["container build"]
 
 
