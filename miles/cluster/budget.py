@@ -11,6 +11,12 @@ from miles.runs.paths import RunPaths
 from miles.workflow.stage import read_state
 
 
+NO_FAULT = frozenset(
+    (EndReason.PREEMPTED, EndReason.NODE_FAILURE, EndReason.REQUEUED, EndReason.CANCELLED, EndReason.STOPPED)
+)
+"""Ends that say nothing about the run: a busy cluster may preempt it many times before it has its first token."""
+
+
 def progress_of(paths: RunPaths, stage: str) -> tuple[int, int]:
     """What a stage has on disk: training steps that need not be generated again, and bytes of the journal beyond."""
     step = read_state(paths, stage).step
@@ -31,13 +37,14 @@ def attempts_since_submit(paths: RunPaths, step: str, attempts: Sequence[Attempt
 
 
 def idle_attempts(attempts: Sequence[Attempt], progress: Sequence[int]) -> list[Attempt]:
-    """The last attempts, in a row, that left nothing on disk; `progress`: what is there now."""
+    """The last attempts, in a row, that left nothing on disk by their own fault; `progress`: what is there now."""
     idle: list[Attempt] = []
     after = tuple(progress)
     for attempt in reversed(attempts):
         if attempt.place is None or tuple(attempt.place.progress) < after or attempt.reason is EndReason.FINISHED:
             break
-        idle.insert(0, attempt)
+        if attempt.reason not in NO_FAULT:
+            idle.insert(0, attempt)
     return idle
 
 

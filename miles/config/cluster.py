@@ -64,7 +64,8 @@ class SlurmSection(Section):
     max_attempts: MayChange[PositiveInt] = 100
     """Attempts of one step that are started without a person."""
     max_idle_attempts: MayChange[PositiveInt] = 2
-    """Attempts in a row without one new training step, or token, on disk; then the run stops and says why."""
+    """Attempts in a row without one new training step, or token, on disk; then the run stops and says why. Those that
+    the cluster ended (preempted, requeued, node lost) do not count."""
     save_lead_minutes: MayChange[PositiveFloat] = 5.0
     """How long before its time limit a job begins to save and end."""
     grace_seconds: MayChange[NonNegativeFloat | None] = None

@@ -9,7 +9,7 @@ from miles.runs.files import append_json
 from miles.runs.paths import RunPaths
 
 
-def attempt(number: int, step: int, journal: int = 0, reason: EndReason = EndReason.PREEMPTED) -> Attempt:
+def attempt(number: int, step: int, journal: int = 0, reason: EndReason = EndReason.TRAINER_CRASH) -> Attempt:
     place = Place(12, number - 1, ("n1",), 1, 0, (step, journal))
     return Attempt(
         number, "grpo", "n1", 100.0 * number, ended=1.0, reason=reason, detail="the cause\nmore", place=place
@@ -27,6 +27,9 @@ def attempt(number: int, step: int, journal: int = 0, reason: EndReason = EndRea
         ([attempt(1, 0), attempt(2, 3), attempt(3, 3)], (3, 0), [2, 3]),
         ([attempt(1, 0), attempt(2, 0), attempt(3, 0)], (1, 0), []),
         ([attempt(1, 5)], (4, 0), [1]),
+        ([attempt(1, 0, reason=EndReason.PREEMPTED), attempt(2, 0, reason=EndReason.NODE_FAILURE)], (0, 0), []),
+        ([attempt(1, 0), attempt(2, 0, reason=EndReason.PREEMPTED), attempt(3, 0)], (0, 0), [1, 3]),
+        ([attempt(1, 0, reason=EndReason.TIME_LIMIT), attempt(2, 0, reason=EndReason.KILLED)], (0, 0), [1, 2]),
     ],
 )
 def test_attempts_that_left_nothing(attempts: list[Attempt], now: tuple[int, int], idle: list[int]) -> None:
@@ -41,11 +44,11 @@ def test_budget_is_spent_with_the_causes() -> None:
     _check([attempt(1, 0)], (0, 0))
     _check([attempt(1, 0), attempt(2, 1)], (2, 0), most=3)
     with pytest.raises(
-        RunError, match=r"had 2 attempts \(slurm.max_attempts = 2\); the last ended: preempted, the cause"
+        RunError, match=r"had 2 attempts \(slurm.max_attempts = 2\); the last ended: trainer-crash, the cause"
     ):
         _check([attempt(1, 0), attempt(2, 1)], (2, 0), most=2)
     crash = attempt(2, 0, reason=EndReason.OUT_OF_MEMORY)
-    with pytest.raises(RunError, match=r"attempt 1: preempted, the cause; attempt 2: out-of-memory, the cause"):
+    with pytest.raises(RunError, match=r"attempt 1: trainer-crash, the cause; attempt 2: out-of-memory, the cause"):
         _check([attempt(1, 0), crash], (0, 0))
 
 
