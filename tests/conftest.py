@@ -4,4 +4,7 @@ import os
 
 from miles.cluster.cpu import cpu_environment
 
-os.environ["MKL_CBWR"] = cpu_environment(threads=1, processes=1, cores=1)["MKL_CBWR"]  # before torch is imported
+# Before torch is imported.
+os.environ.update(
+    {key: value for key, value in cpu_environment(threads=1, processes=1, cores=1).items() if "MKL" in key}
+)

@@ -10,7 +10,6 @@ from miles.runs.files import read_json_lines
 from miles.runs.paths import RunPaths
 from miles.workflow.stage import read_state
 
-
 NO_FAULT = frozenset(
     (EndReason.PREEMPTED, EndReason.NODE_FAILURE, EndReason.REQUEUED, EndReason.CANCELLED, EndReason.STOPPED)
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 
 def available_cores() -> int:
@@ -19,18 +20,24 @@ def cpu_environment(*, threads: int | None, processes: int, cores: int) -> dict[
     Trainer and engines work in turns, so each side gets all cores. Threads that spin while the other side
     works cost two to four times the time, so they sleep instead.
 
-    MKL_CBWR: on Intel processors MKL takes kernels by the number of rows and by how memory is aligned, so that a
-    response would depend on what else is in the batch. In this mode it does not (oneMKL's "conditional numerical
-    reproducibility", strict). Other processors ignore it.
+    On Intel processors MKL takes kernels by the number of rows and by how memory is aligned, so that a response would
+    depend on what else is in the batch. In its mode of conditional numerical reproducibility, strict, it does not; on
+    AMD's that mode has the opposite effect.
     """
     count = threads if threads is not None else max(1, cores // processes)
-    return {
+    environment = {
         "OMP_NUM_THREADS": str(count),
         "OMP_WAIT_POLICY": "passive",
         "GOMP_SPINCOUNT": "0",
-        "MKL_CBWR": "AVX2,STRICT",
         "TOKENIZERS_PARALLELISM": "false",
     }
+    if _is_intel():
+        environment["MKL_CBWR"] = "AVX2,STRICT"
+    return environment
+
+
+def _is_intel() -> bool:
+    return sys.platform == "linux" and "GenuineIntel" in Path("/proc/cpuinfo").read_text()
 
 
 def rank_environment(

@@ -81,7 +81,9 @@ class Stage:
     def _start_rank(self) -> int:
         self.log.unlink(missing_ok=True)
         (port,) = choose_ports(1, seed=random.getrandbits(32))
-        environment = rank_environment(rank=0, ranks=1, port=port) | {
+        environment = rank_environment(
+            0, local_ranks=range(1), world=1, address=LOOPBACK, port=port, interface="lo"
+        ) | {
             "MILES_ATTEMPT": str(self.attempt),
             ENGINES_VARIABLE: str(self._engines),
             FAILURE_VARIABLE: str(self._failure),
@@ -95,7 +97,7 @@ class Stage:
         engine = self.nursery.start("miles.engines.serve", arguments, {}, log)
         token = self.paths.engine_token.read_text().strip()
         deadline = time.monotonic() + START_SECONDS
-        while not answers(port, token, "/health"):
+        while not answers(LOOPBACK, port, token, "/health"):
             if time.monotonic() > deadline:
                 self.nursery.end(engine)
                 raise TimeoutError(f"the engine does not answer\n{log.read_text()}")
