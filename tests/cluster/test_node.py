@@ -222,12 +222,8 @@ def test_node_with_other_code_or_clock_is_refused(paths: RunPaths, node: Start) 
 
 def test_attempts_without_progress_are_not_repeated_for_ever(paths: RunPaths, node: Start) -> None:
     for number in range(2):
-        process = node(0, nodes=1, worker="obey", restart=number)
-        wait_for(lambda: (paths.root / "waiting-0").exists(), "the rank")
-        waiting_pids(paths, 0)
-        process.terminate()
-        assert process.wait(timeout=60) == 75
-        (paths.root / "waiting-0").unlink()
+        nodes = [node(0, worker="obey", restart=number), node(1, worker="fail", restart=number)]
+        assert [process.wait(timeout=60) for process in nodes] == [TrainerError.exit_code] * 2
     third = node(0, nodes=1, restart=2)
     assert third.wait(timeout=60) == RunError.exit_code
     assert third.stderr is not None
