@@ -32,7 +32,7 @@ def submit(
     the run to stop at the next boundary with everything saved, a second one ends it at once: nothing that is on disk
     is lost either way.
     """
-    from miles.workflow.prepare import existing_run, prepare_run, preview_run
+    from miles.workflow.prepare import prepare_run, preview_run
 
     if dry_run and local:
         raise ConfigError("--dry-run shows jobs of Slurm, and --local has none", fix="leave one of them out")
@@ -51,11 +51,8 @@ def submit(
             config, paths = preview_run(file, set_ or [])
         show_plan(config, paths, console, file=file)
         return
-    existing = existing_run(file, set_ or [])
-    if existing is not None:
-        refuse_if_busy(existing)
     with console.status("checking the run file, the model and the data"):
-        prepared = prepare_run(file, set_ or [], fresh=fresh)
+        prepared = prepare_run(file, set_ or [], fresh=fresh, refuse_if_busy=refuse_if_busy)
     if local:
         again = f"miles submit {file} --local --set name=other --set seed=1"
         drive(prepared, console, detach=detach, last=(again, "the same with another seed"))

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import miles
-from miles.cluster.containers import PROGRAMS, container_command, source_tree, wanted_gpu
+from miles.cluster.containers import PROGRAMS, container_command, source_tree, version_command, wanted_gpu
 from miles.config.cluster import ContainerSection
 from miles.config.file_checks import is_looked_up
 from miles.config.schema import RunConfig
@@ -140,8 +140,7 @@ def _runtime(runtime: str) -> Check:
     if where is None:
         fix = f"load its module (`module avail {runtime}`; for jobs in slurm.setup), or ask the staff what there is"
         return Check("runtime", Outcome.FAILED, f"{program} is not on PATH", fix)
-    words = [program, "version"] if runtime == "enroot" else [program, "--version"]
-    done = _run(words)
+    done = _run(version_command(runtime))
     version = (done.stdout or done.stderr).strip().splitlines()
     return Check("runtime", Outcome.OK, f"{version[0] if version else program} ({where})")
 

@@ -138,6 +138,11 @@ def container_command(
     return ("/bin/sh", "-c", begin + script, "miles-container", *arguments, *section.extra_args, image, *end, *inside)
 
 
+def version_command(runtime: str) -> list[str]:
+    """What asks a runtime's program for its version."""
+    return [PROGRAMS[runtime], "version" if runtime == "enroot" else "--version"]
+
+
 def wanted_gpu(section: ContainerSection, gpus: bool) -> Literal["nvidia", "rocm", "none"]:
     """Whose driver the container needs, for a step with GPUs or without."""
     if section.gpu != "auto":

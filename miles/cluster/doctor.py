@@ -17,12 +17,11 @@ from importlib import metadata
 from pathlib import Path
 
 from miles.cluster.checks import Check, Status
+from miles.cluster.containers import PROGRAMS, version_command
 from miles.cluster.disk_checks import disk_checks
 from miles.cluster.slurm.commands import Slurm
 from miles.cluster.slurm.site_checks import slurm_checks
 
-RUNTIMES = {"apptainer": "apptainer", "singularity": "singularity", "enroot": "enroot", "charliecloud": "ch-run"}
-"""Program of each container runtime that `container.runtime` takes."""
 OPEN_FILES = 4096
 _COMMAND_SECONDS = 30.0
 
@@ -41,9 +40,9 @@ def examine(directory: Path, slurm: Slurm | None = None) -> Iterator[Check]:
 def found_runtimes() -> dict[str, str]:
     """Container runtimes on this machine, by their names in the run file: what each says about its version."""
     found = {}
-    for runtime, program in RUNTIMES.items():
+    for runtime, program in PROGRAMS.items():
         if shutil.which(program):
-            said = _said([program, "version" if runtime == "enroot" else "--version"])
+            said = _said(version_command(runtime))
             found[runtime] = said.splitlines()[0] if said else "version unknown"
     return found
 

@@ -142,19 +142,19 @@ def current_holder(paths: RunPaths) -> Holder | None:
     return holder if holder is not None and holder.identity.alive() else None
 
 
-def refuse_if_held(paths: RunPaths, *, live_jobs: Collection[int] | None = None) -> None:
-    """Raise RunError when a live process drives the run; `live_jobs` as in `Claim.acquire`."""
+def refuse_if_held(paths: RunPaths) -> None:
+    """Raise RunError when a live process drives the run."""
     number, holder = _newest(paths)
-    if holder is not None and _holds(holder, None, live_jobs):
+    if holder is not None and holder.identity.alive():
         raise _in_use(paths, number, holder)
 
 
-def _holds(holder: Holder, claimant: Holder | None, live_jobs: Collection[int] | None) -> bool:
+def _holds(holder: Holder, claimant: Holder, live_jobs: Collection[int] | None) -> bool:
     """Whether somebody who has not released the run keeps it from a claimant."""
     if holder.job is not None:
         if live_jobs is not None and holder.job not in live_jobs:
             return False
-        if claimant is not None and claimant.job == holder.job and claimant.restart > holder.restart:
+        if claimant.job == holder.job and claimant.restart > holder.restart:
             return False
     return holder.identity.alive()
 

@@ -5,7 +5,7 @@ Owns the order of the checks and creating or opening the run directory; what is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,8 +36,12 @@ class Prepared:
     """What changed in the config of a run that existed."""
 
 
-def prepare_run(file: Path, overrides: Sequence[str], *, fresh: bool) -> Prepared:
+def prepare_run(
+    file: Path, overrides: Sequence[str], *, fresh: bool, refuse_if_busy: Callable[[RunPaths], None] = refuse_if_held
+) -> Prepared:
     """Load a run file and create or open its run directory, after everything that can be checked at once.
+
+    `refuse_if_busy` raises RunError for a run that exists and goes on somewhere.
 
     Raises ConfigError, DataError, and RunError when the run is in use, differs from the file, or cannot be written.
     """
@@ -45,7 +49,7 @@ def prepare_run(file: Path, overrides: Sequence[str], *, fresh: bool) -> Prepare
     paths = run_directory(config)
     exists = paths.root.exists()
     if exists:
-        refuse_if_held(paths)
+        refuse_if_busy(paths)
     if exists and not fresh:
         return _open(config, paths)
     _check_packages(config)
@@ -53,12 +57,6 @@ def prepare_run(file: Path, overrides: Sequence[str], *, fresh: bool) -> Prepare
     aside = set_aside(paths) if exists else None
     create_run(config)
     return Prepared(paths, plan_run(config, paths), aside)
-
-
-def existing_run(file: Path, overrides: Sequence[str]) -> RunPaths | None:
-    """The run directory of a run file, if there is one."""
-    paths = run_directory(load_run(file, overrides))
-    return paths if paths.root.exists() else None
 
 
 def preview_run(file: Path, overrides: Sequence[str]) -> tuple[RunConfig, RunPaths]:

@@ -74,7 +74,9 @@ def test_preempted_job_waits_with_its_reason(slurm: Testbed, tmp_path: Path) -> 
 
 def test_dependency_that_cannot_be_met_cancels(slurm: Testbed, tmp_path: Path) -> None:
     first = QUICK.submit(write_script(tmp_path, "exit 3"))
-    second = QUICK.submit(write_script(tmp_path, "echo never"), dependency=f"afterok:{first}")
+    second = QUICK.submit(
+        write_script(tmp_path, "echo never", f"--dependency=afterok:{first}", "--kill-on-invalid-dep=yes")
+    )
     wait_job(slurm, second, JobState.CANCELLED)
     assert QUICK.jobs([first, second])[second].reason == "DependencyNeverSatisfied"
 

@@ -69,10 +69,9 @@ class Slurm:
 
     # Jobs
 
-    def submit(self, script: Path, *, dependency: str | None = None) -> int:
+    def submit(self, script: Path) -> int:
         """Submit a batch script; the id of its job. The script decides alone: variables of sbatch have no effect."""
-        options = [f"--dependency={dependency}", "--kill-on-invalid-dep=yes"] if dependency else []
-        output = self._run("sbatch", "--parsable", *options, str(script), changes=True)
+        output = self._run("sbatch", "--parsable", str(script), changes=True)
         number = output.strip().splitlines()[-1].split(";")[0] if output.strip() else ""
         if not number.isdecimal():
             raise SlurmError(

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from miles.cluster.containers import container_command, source_tree
 from miles.config.cluster import SlurmSection
-from miles.config.files import PATH_KEYS
-from miles.config.schema import EvalStep, RlStep, RunConfig, SftStep, StepBase
-from miles.runs.paths import STEP_PREFIX, RunPaths
+from miles.config.schema import EvalStep, RlStep, RunConfig, SftStep
+from miles.runs.paths import RunPaths
+from miles.workflow.fingerprint import user_paths
 
 NODE_MODULE = "miles.cluster.node"
 """What runs on every node of a job."""
@@ -62,7 +60,7 @@ def job_spec(config: RunConfig, step: str, paths: RunPaths, *, dependency: str |
     prefix = container_command(
         resolved.container,
         run_dir=paths.root,
-        paths=sorted(set(_own_files(resolved))),
+        paths=user_paths(resolved),
         gpus=needs_ranks and section.gpus_per_node > 0,
         environment=SECRETS,
     )
@@ -87,18 +85,3 @@ def _python_path() -> dict[str, str]:
     places = [str(source_tree() or ""), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     found = dict.fromkeys(str(Path(place).absolute()) for place in places if place)
     return {"PYTHONPATH": os.pathsep.join(found)} if found else {}
-
-
-def _own_files(step: StepBase) -> Iterator[Path]:
-    """Models, data and graders of a step that are the user's own; outputs of other steps are in the run directory."""
-    values = step.model_dump()
-    for key in PATH_KEYS:
-        value: Any = values
-        for part in key:
-            value = value.get(part) if isinstance(value, dict) else None
-        if isinstance(value, str) and not value.startswith(STEP_PREFIX):
-            yield Path(value)
-    for reward in values.get("rewards", ()):
-        file, colon, _ = reward["grader"].partition(":")
-        if colon and file.endswith(".py"):
-            yield Path(file)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -196,48 +196,46 @@ SACCT_FORMAT = ",".join(SACCT_FIELDS)
 
 def parse_squeue(text: str) -> list[Job]:
     """Jobs in the output of `squeue -h -O SQUEUE_FORMAT`."""
-    jobs = []
-    for line in text.splitlines():
-        values = [value.strip() for value in line.split("|", len(SQUEUE_FIELDS) - 1)]
-        if len(values) == len(SQUEUE_FIELDS) and values[0].isdecimal():
-            fields = dict(zip(SQUEUE_FIELDS, values, strict=True))
-            jobs.append(
-                _job(
-                    fields,
-                    id=fields["JobID"],
-                    state=fields["State"],
-                    submitted=fields["SubmitTime"],
-                    start=fields["StartTime"],
-                    end=fields["EndTime"],
-                    nodes=fields["NodeList"],
-                    count=fields["NumNodes"],
-                    exit_code=fields["exit_code"],
-                )
-            )
-    return jobs
+    return [
+        _job(
+            fields,
+            id=fields["JobID"],
+            state=fields["State"],
+            submitted=fields["SubmitTime"],
+            start=fields["StartTime"],
+            end=fields["EndTime"],
+            nodes=fields["NodeList"],
+            count=fields["NumNodes"],
+            exit_code=fields["exit_code"],
+        )
+        for fields in _rows(text, SQUEUE_FIELDS)
+    ]
 
 
 def parse_sacct(text: str) -> list[Job]:
     """Runs of jobs in the output of `sacct -n -P -D -X -o SACCT_FORMAT`, oldest first; steps are left out."""
-    jobs = []
+    return [
+        _job(
+            fields,
+            id=fields["JobIDRaw"],
+            state=fields["State"],
+            submitted=fields["Submit"],
+            start=fields["Start"],
+            end=fields["End"],
+            nodes=fields["NodeList"],
+            count=fields["NNodes"],
+            exit_code=fields["ExitCode"],
+        )
+        for fields in _rows(text, SACCT_FIELDS)
+    ]
+
+
+def _rows(text: str, names: Sequence[str]) -> Iterator[dict[str, str]]:
+    """The lines that begin with a job's id, as named fields; `|` stands between them, and may stand in the last."""
     for line in text.splitlines():
-        values = line.split("|", len(SACCT_FIELDS) - 1)
-        if len(values) == len(SACCT_FIELDS) and values[0].isdecimal():
-            fields = dict(zip(SACCT_FIELDS, values, strict=True))
-            jobs.append(
-                _job(
-                    fields,
-                    id=fields["JobIDRaw"],
-                    state=fields["State"],
-                    submitted=fields["Submit"],
-                    start=fields["Start"],
-                    end=fields["End"],
-                    nodes=fields["NodeList"],
-                    count=fields["NNodes"],
-                    exit_code=fields["ExitCode"],
-                )
-            )
-    return jobs
+        values = [value.strip() for value in line.split("|", len(names) - 1)]
+        if len(values) == len(names) and values[0].isdecimal():
+            yield dict(zip(names, values, strict=True))
 
 
 def parse_scontrol_job(text: str) -> Job | None:

@@ -135,7 +135,7 @@ def _submit(
     script = paths.scripts / f"{step}.sbatch"
     try:
         write_atomic(script, render_job(spec), mode=0o600)
-        job = slurm.submit(script, dependency=dependency)
+        job = slurm.submit(script)
     except MilesError as error:
         if not before:
             raise
