@@ -14,6 +14,8 @@ from miles.runs.paths import RunPaths
 
 TICK_SECONDS = 90.0
 """How much too early Slurm's signal before the time limit may come, and what its clocks round away."""
+CLOCK_SECONDS = 5.0
+"""How far Slurm's clock and the time left, which it tells in seconds, may be off."""
 
 _SLURM = re.compile(r"^(slurmstepd|srun|slurmd)(-\S+)?: ", re.MULTILINE)
 _WORDS = (
@@ -51,14 +53,15 @@ def end_reason(error: MilesError, *, engines_came_up: bool) -> EndReason:
             return EndReason.FAILED
 
 
-def why_signalled(*, stop_requested: bool, end: float | None, now: float, lead: float) -> EndReason:
+def why_signalled(*, stop_requested: bool, warned: bool, end: float | None, now: float, lead: float) -> EndReason:
     """Why a job was asked to end at `now`, `lead` seconds being when Slurm says that its time is nearly over.
 
-    A preemption says nothing else than its signal; `end` is the Unix time of the job's time limit.
+    Slurm warns the batch script of the time limit, and a preemption says nothing else than its signal;
+    `warned`: it was such a warning. `end` is the Unix time of the job's time limit.
     """
     if stop_requested:
         return EndReason.STOPPED
-    if end is not None and end - now < lead + TICK_SECONDS:
+    if end is not None and end - now < (lead + TICK_SECONDS if warned else CLOCK_SECONDS):
         return EndReason.TIME_LIMIT
     return EndReason.PREEMPTED
 

@@ -79,7 +79,7 @@ class InJob:
         said = slurm_word(read_output(paths.slurm_log(step, place.job), place.output))
         if said is None:
             return reason
-        if reason is EndReason.PREEMPTED:
+        if reason in (EndReason.PREEMPTED, EndReason.TIME_LIMIT):
             return said
         if reason in (EndReason.TRAINER_CRASH, EndReason.ENGINE_CRASH, EndReason.ENGINE_START):
             return said if said in (EndReason.NODE_FAILURE, EndReason.OUT_OF_MEMORY) else reason
@@ -119,12 +119,13 @@ class Terms:
         """Until the deadline; none where there is none."""
         return 0.0 if self.deadline is None else self.deadline - time.time()
 
-    def why(self, paths: RunPaths) -> EndReason | None:
-        """Why a signal came now; None: somebody sent it who is not Slurm."""
+    def why(self, paths: RunPaths, *, warned: bool) -> EndReason | None:
+        """Why a signal came now (`warned`: as `StopSignal` says); None: somebody sent it who is not Slurm."""
         if not self.in_job:
             return None
         requested = paths.stop_request.exists()
-        return why_signalled(stop_requested=requested, end=self.deadline, now=time.time(), lead=self.lead)
+        now = time.time()
+        return why_signalled(stop_requested=requested, warned=warned, end=self.deadline, now=now, lead=self.lead)
 
 
 def close_killed(paths: RunPaths) -> None:

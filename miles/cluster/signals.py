@@ -19,6 +19,8 @@ class StopSignal:
         """`patient`: however often it is asked, it is not urgent. Slurm repeats its signals, and kills by itself."""
         self._patient = patient
         self._first: float | None = None
+        self.warned = False
+        """The first request was a warning, which the batch script hands on, and no SIGTERM of Slurm's own."""
         self.urgent = False
         """Asked a second time: end everything without waiting."""
 
@@ -42,5 +44,6 @@ class StopSignal:
         now = time.monotonic()
         if self._first is None:
             self._first = now
+            self.warned = number in (signal.SIGUSR1, signal.SIGUSR2)
         elif now - self._first > REPEAT_SECONDS and not self._patient:
             self.urgent = True

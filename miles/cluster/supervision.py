@@ -184,7 +184,7 @@ class Supervision:
 
     def _signal_ranks(self) -> EndReason | None:
         """Ask the ranks to end at their boundary; returns why, None: in no job."""
-        why = self._terms.why(self._paths)
+        why = self._terms.why(self._paths, warned=self._stop.warned)
         for rank in self._ranks:
             rank.signal(signal.SIGUSR1 if why is EndReason.TIME_LIMIT else signal.SIGTERM)
         return why
@@ -257,7 +257,8 @@ class Supervision:
             raise failure.error()
         # They agreed to end, and each has its own to finish.
         self._wait_for_ranks(peers)
-        why = self._terms.why(self._paths) if peers.signalled() or self._stop.requested else None
+        asked = peers.signalled() or self._stop.requested
+        why = self._terms.why(self._paths, warned=self._stop.warned) if asked else None
         if why is not None:
             raise EndedEarly(STOPPED_BECAUSE[why].format(step=self._name), why, fix=continues(self._paths))
         if self._terms.deadline is not None:

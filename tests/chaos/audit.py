@@ -197,7 +197,7 @@ def log_findings(paths: RunPaths) -> list[str]:
 
     Except of a rank whose neighbour was killed, and which says so: gloo raises where it happens to wait.
     """
-    logs = [paths.driver_log, *sorted(paths.all_logs.glob("attempt-*/*.log"))]
+    logs = [log for log in (paths.driver_log, *sorted(paths.all_logs.glob("attempt-*/*.log"))) if log.exists()]
     return [f"{LOG_FINDING}{log}" for log in logs if _stacks(log.read_text(errors="replace"))]
 
 

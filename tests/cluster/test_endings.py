@@ -24,18 +24,20 @@ def test_word_for_an_error(error: MilesError, came_up: bool, reason: EndReason) 
 
 
 @pytest.mark.parametrize(
-    ("stop", "end", "reason"),
+    ("stop", "warned", "end", "reason"),
     [
-        (True, None, EndReason.STOPPED),
-        (True, 1010.0, EndReason.STOPPED),
-        (False, None, EndReason.PREEMPTED),
-        (False, 1000.0 + 300 + 91, EndReason.PREEMPTED),
-        (False, 1000.0 + 300 + 60, EndReason.TIME_LIMIT),
-        (False, 900.0, EndReason.TIME_LIMIT),
+        (True, False, None, EndReason.STOPPED),
+        (True, True, 1010.0, EndReason.STOPPED),
+        (False, True, None, EndReason.PREEMPTED),
+        (False, True, 1000.0 + 300 + 91, EndReason.PREEMPTED),
+        (False, True, 1000.0 + 300 + 60, EndReason.TIME_LIMIT),
+        (False, True, 900.0, EndReason.TIME_LIMIT),
+        (False, False, 1000.0 + 60, EndReason.PREEMPTED),
+        (False, False, 1000.0, EndReason.TIME_LIMIT),
     ],
 )
-def test_why_a_signal_came(stop: bool, end: float | None, reason: EndReason) -> None:
-    assert why_signalled(stop_requested=stop, end=end, now=1000.0, lead=300.0) is reason
+def test_why_a_signal_came(stop: bool, warned: bool, end: float | None, reason: EndReason) -> None:
+    assert why_signalled(stop_requested=stop, warned=warned, end=end, now=1000.0, lead=300.0) is reason
 
 
 STEP = "slurmstepd: error: *** STEP 12.0 ON n1 CANCELLED AT 2026-01-02T03:04:05 "

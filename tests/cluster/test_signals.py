@@ -23,6 +23,7 @@ def test_signal_is_remembered(stop: StopSignal, number: signal.Signals) -> None:
     assert not stop.requested
     os.kill(os.getpid(), number)
     assert stop.requested
+    assert stop.warned == (number in (signal.SIGUSR1, signal.SIGUSR2))
     assert not stop.urgent
 
 

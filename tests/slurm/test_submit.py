@@ -5,92 +5,28 @@ One small run is finished without disturbance; the others begin from its warm st
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
 from miles.cluster.slurm.jobs import JobKind, read_jobs
 from miles.runs.attempts import EndReason, read_attempts
-from miles.runs.paths import RunPaths
 from slurm.testbed import Testbed
-from tests.chaos.audit import checkpoint_findings, metric_findings, process_findings, weight_findings
-from tests.chaos.run import STAGE, WARMUP, Case, last_step, python_path
+from slurm.user import User
+from tests.chaos.audit import process_findings
+from tests.chaos.run import STAGE, WARMUP, Case
 
 pytestmark = pytest.mark.timeout(900)
 """Half a minute each on an idle machine, minutes on one that many share."""
-SECONDS = 300.0
-"""For one state of a run to come."""
 CASE = Case("fsdp", steps=4, checkpoint_every=2, eval_every=4, hidden_size=64)
 TO_DO = ["prepare", WARMUP, STAGE]
-
-
-@dataclass(frozen=True)
-class User:
-    """Who types commands in a directory, on a cluster."""
-
-    directory: Path
-    bed: Testbed
-
-    def miles(self, *arguments: str, code: int = 0) -> str:
-        """Output of `miles ARGUMENTS`, which must end with this exit code."""
-        done = subprocess.run(
-            [sys.executable, "-m", "miles", *arguments],
-            cwd=self.directory,
-            env=self.bed.environment | {"PYTHONPATH": python_path(), "COLUMNS": "200"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == code, f"miles {' '.join(arguments)}: {done.returncode}\n{done.stdout}{done.stderr}"
-        return done.stdout + done.stderr
-
-    def run(self, name: str = "proof") -> RunPaths:
-        return RunPaths(self.directory / "runs" / name)
-
-    def status(self, name: str = "proof") -> dict:
-        return json.loads(self.miles("status", name, "--json"))
-
-    def until(self, true: Callable[[], bool], what: str, name: str = "proof") -> None:
-        """Wait until something is true, and not for ever."""
-        end = time.monotonic() + SECONDS
-        while not true():
-            if time.monotonic() > end:
-                raise TimeoutError(f"{what}\n{self.miles('status', name)}\n{self.miles('logs', name, '--role', 'job')}")
-            time.sleep(0.2)
-
-    def until_state(self, state: str, name: str = "proof") -> None:
-        self.until(lambda: self.status(name)["state"] == state, f"the run is not {state}", name)
-
-    def until_step(self, step: int, name: str = "proof") -> None:
-        self.until(lambda: last_step(self.run(name)) >= step, f"step {step} does not come", name)
-
-    def reasons(self, name: str = "proof") -> list[EndReason | None]:
-        """How the attempts of the stage ended."""
-        return [attempt.reason for attempt in read_attempts(self.run(name)) if attempt.step == STAGE]
-
-    def fork(self, name: str, *overrides: str) -> RunPaths:
-        """A run whose stage is to begin from the warm start of the undisturbed one."""
-        sets = [word for override in overrides for word in ("--set", override)]
-        self.miles("fork", "proof", name, "--stage", STAGE, "--from", "start", *sets)
-        return self.run(name)
-
-    def job(self, name: str = "proof") -> int:
-        """The newest job of a run."""
-        return read_jobs(self.run(name))[-1].job
 
 
 @pytest.fixture(scope="session")
 def finished(slurm_clusters: Callable[..., Testbed], tmp_path_factory: pytest.TempPathFactory) -> User:
     """A run that nothing happened to, submitted and finished, with what its user saw on the way."""
     user = User(tmp_path_factory.mktemp("user"), slurm_clusters())
-    file = CASE.write(user.directory / "files")
-    file.write_text(file.read_text().replace(str(file.parent / "runs"), str(user.directory / "runs")))
+    file = user.write(CASE)
     plan = user.miles("submit", str(file), "--dry-run")
     assert not user.run().root.exists()
     for step in TO_DO:
@@ -120,17 +56,6 @@ def finished(slurm_clusters: Callable[..., Testbed], tmp_path_factory: pytest.Te
     assert "running" in listed and str(jobs[-1].job) in listed
     user.until_state("done")
     return user
-
-
-def settled(user: User, paths: RunPaths) -> list[str]:
-    """What is wrong with a run that has ended, or not as in the undisturbed one."""
-    reference = user.run()
-    return [
-        *weight_findings(paths, reference, (STAGE,)),
-        *metric_findings(paths, reference, (STAGE,)),
-        *checkpoint_findings(paths, (STAGE,)),
-        *process_findings(paths),
-    ]
 
 
 def test_a_finished_run_is_told_and_does_nothing_when_it_is_run_again(finished: User) -> None:
@@ -167,7 +92,7 @@ def test_preempted_and_requeued_it_ends_with_the_same_bits(finished: User) -> No
     user.until_state("done", "preempted")
     assert user.reasons("preempted") == [EndReason.PREEMPTED, EndReason.REQUEUED, EndReason.FINISHED]
     assert len(read_jobs(paths)) == 1
-    assert settled(user, paths) == []
+    assert user.settled(paths) == []
 
 
 def test_stopped_it_saves_and_stays_down_and_goes_on_when_told(finished: User) -> None:
@@ -184,7 +109,7 @@ def test_stopped_it_saves_and_stays_down_and_goes_on_when_told(finished: User) -
     assert [job.kind for job in read_jobs(paths)] == [JobKind.FIRST, JobKind.RESUME]
     user.until_state("done", "stopped")
     assert user.reasons("stopped") == [EndReason.STOPPED, EndReason.FINISHED]
-    assert settled(user, paths) == []
+    assert user.settled(paths) == []
 
 
 def test_where_requeueing_is_forbidden_a_chain_takes_over(
@@ -202,7 +127,7 @@ def test_where_requeueing_is_forbidden_a_chain_takes_over(
     user.bed.wait_state(third, "COMPLETED")
     assert user.reasons("chained") == [EndReason.PREEMPTED, EndReason.FINISHED]
     assert {attempt.place.job for attempt in read_attempts(paths) if attempt.place} == {first, second}
-    assert settled(user, paths) == []
+    assert user.settled(paths) == []
 
 
 def test_two_nodes_finish_with_ranks_and_engines_on_both(finished: User) -> None:
