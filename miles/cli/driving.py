@@ -61,7 +61,7 @@ def submit_jobs(prepared: Prepared, console: Console) -> None:
         return
     for record in records:
         after = f", {record.dependency}" if record.dependency else ""
-        console.print(f"job {record.job}: step {record.step}{after}", markup=False, soft_wrap=True)
+        console.print(f"job {record.id}: step {record.step}{after}", markup=False, soft_wrap=True)
     print_next(
         console,
         (f"miles watch {name}", "follow it"),

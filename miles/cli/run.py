@@ -192,7 +192,7 @@ def runs(
     for entry in found:
         state = state_text(entry.state) if entry.state is not None else Text("unreadable", "red")
         steps = f"{entry.done}/{entry.steps}" if entry.state is not None else entry.problem
-        jobs = ", ".join(map(str, entry.live_jobs[:3])) + " ..." * (len(entry.live_jobs) > 3)
+        jobs = ", ".join(entry.live_jobs[:3]) + " ..." * (len(entry.live_jobs) > 3)
         table.add_row(entry.name, state, steps, duration(entry.seconds), jobs)
     console.print(table)
     running = next((entry for entry in found if entry.state in (State.RUNNING, State.QUEUED)), None)

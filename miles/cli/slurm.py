@@ -61,6 +61,6 @@ def preempt(
     paths = find_run(run)
     console = stdout()
     job = preempt_run(paths, Slurm(), Preemption(kind), grace=grace, say=lambda text: console.print(text, markup=False))
-    console.print(f"job {job.id} is {job.state.value} now, restarted {job.restarts} x")
+    console.print(f"job {job.name} is {job.state.value} now, restarted {job.restarts} x")
     name = run_argument(paths.root)
     print_next(console, (f"miles watch {name}", "follow it"), (f"miles explain {name}", "what happened, and why"))

@@ -125,7 +125,7 @@ def _why_waiting(status: RunStatus) -> str:
     meaning = WAITS.get(job.reason.partition(",")[0].strip("()"), "")
     again = f" It was interrupted {job.restarts} x before." if job.restarts else ""
     told = f"{job.reason}{f': {meaning}' if meaning else ''}" if job.reason else "Slurm gives no reason"
-    return f"job {job.job} of step '{job.step}' waits ({told}).{again}"
+    return f"job {job.name} of step '{job.step}' waits ({told}).{again}"
 
 
 def _interrupted(attempts: list[Attempt]) -> Iterator[Attempt]:
@@ -143,7 +143,7 @@ def _ended(attempt: Attempt) -> str:
 
 def _job_line(job: JobStatus) -> str:
     state = job.state or "not known to Slurm any more"
-    return f"job {job.job} of {job.step}: {state}{f', restarted {job.restarts} x' if job.restarts else ''}"
+    return f"job {job.name} of {job.step}: {state}{f', restarted {job.restarts} x' if job.restarts else ''}"
 
 
 def _telling_lines(file: Path) -> list[str]:

@@ -111,7 +111,7 @@ def jobs_lines(status: RunStatus, *, now: float) -> list[RenderableType]:
     for job in shown[:_MOST_JOBS]:
         style = "cyan" if job.live else "dim"
         state = job.state or "not known any more"
-        table.add_row(Text(f"job {job.job}", style), job.step, state, job_remark(job, now=now))
+        table.add_row(Text(f"job {job.name}", style), job.step, state, job_remark(job, now=now))
     parts: list[RenderableType] = [Text(), table]
     if len(shown) > _MOST_JOBS:
         parts.append(Text(f"and {len(shown) - _MOST_JOBS} more jobs", "dim"))

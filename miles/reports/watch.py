@@ -81,7 +81,7 @@ class _PlainLog:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._states: dict[str, State] = {}
-        self._jobs: dict[int, tuple[str, int, str]] = {}
+        self._jobs: dict[str, tuple[str, int, str]] = {}
         self._printed = 0
 
     def write(self, snapshot: Snapshot) -> None:
@@ -94,11 +94,11 @@ class _PlainLog:
         """Print jobs of the cluster whose state has changed since the last snapshot, unless that is their end."""
         for job in snapshot.status.cluster.live:
             told = (job.state, job.restarts, job.reason if job.waiting else "")
-            if self._jobs.get(job.job) == told:
+            if self._jobs.get(job.name) == told:
                 continue
-            self._jobs[job.job] = told
+            self._jobs[job.name] = told
             remark = job_remark(job, now=time.time())
-            self._print(f"job {job.job} of step {job.step}: {job.state.lower()}{f' ({remark})' if remark else ''}")
+            self._print(f"job {job.name} of step {job.step}: {job.state.lower()}{f' ({remark})' if remark else ''}")
 
     def _write_states(self, snapshot: Snapshot, *, begun: bool) -> None:
         """Print steps that have begun to run since the last snapshot, or those that have ended."""

@@ -49,6 +49,9 @@ class JobStatus:
 
     step: str
     job: int
+    """Its number; of an element of an array that waits in it, that of the array."""
+    name: str
+    """What the cluster's commands call it: its number, or `53_3` for an element of an array."""
     kind: str
     """Why it was submitted: `first`, `chain` or `resume`."""
     submitted: float
@@ -167,8 +170,8 @@ class RunSummary:
     """Sum of the steps' durations."""
     problem: str
     """Why it cannot be read."""
-    live_jobs: list[int] = field(default_factory=list)
-    """Jobs of the cluster that wait or run for it."""
+    live_jobs: list[str] = field(default_factory=list)
+    """Jobs of the cluster that wait or run for it, by name."""
 
 
 def summarize_run(paths: RunPaths, cluster: ClusterView | None = None) -> RunSummary:
@@ -179,7 +182,7 @@ def summarize_run(paths: RunPaths, cluster: ClusterView | None = None) -> RunSum
         return RunSummary(paths.root.name, str(paths.root), None, 0, 0, 0.0, error.message)
     done = sum(step.state is State.DONE for step in status.steps)
     seconds = sum(step.seconds or 0.0 for step in status.steps)
-    live = [job.job for job in status.cluster.live]
+    live = [job.name for job in status.cluster.live]
     return RunSummary(paths.root.name, str(paths.root), status.state, len(status.steps), done, seconds, "", live)
 
 

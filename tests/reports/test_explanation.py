@@ -9,7 +9,7 @@ from miles.workflow.status import ClusterView, JobStatus, RunStatus, State, Step
 
 
 def _job(state: str, *, live: bool, waiting: bool, reason: str = "", restarts: int = 0) -> JobStatus:
-    return JobStatus("grpo", 12, "first", 0.0, state, live, waiting, reason, restarts, [], None, None)
+    return JobStatus("grpo", 12, "12", "first", 0.0, state, live, waiting, reason, restarts, [], None, None)
 
 
 def _explain(state: State, reason: EndReason | None, *jobs: JobStatus, detail: str = "") -> Explanation:

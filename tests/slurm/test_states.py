@@ -30,16 +30,23 @@ HAS_NODES = (
 
 # Slurm 24.11.5: running, in the grace of a preemption, put back into the queue; another one that ended with 7.
 SQUEUE_24_11 = """\
-1|RUNNING|0|low|2|1795404333|1795404334|1795407934|N/A|0:0|n[1-2]|None|
-1|RUNNING|0|low|2|1795404333|1795404334|1795404338|1795404335|0:0|n[1-2]|None|
-1|PENDING|1|low|2|1795404348|1795404354|1795407954|N/A|0:0||BeginTime|
-3|FAILED|0|low|1|1795404354|1795404354|1795404354|N/A|7:0|n1|NonZeroExitCode|
+1|1|N/A|RUNNING|0|low|2|1795404333|1795404334|1795407934|N/A|0:0|n[1-2]|None|
+1|1|N/A|RUNNING|0|low|2|1795404333|1795404334|1795404338|1795404335|0:0|n[1-2]|None|
+1|1|N/A|PENDING|1|low|2|1795404348|1795404354|1795407954|N/A|0:0||BeginTime|
+3|3|N/A|FAILED|0|low|1|1795404354|1795404354|1795404354|N/A|7:0|n1|NonZeroExitCode|
 """
 # Slurm 22.05.8: the exit code is a wait status; a job without limit; one that can never start.
 SQUEUE_22_05 = """\
-1|CANCELLED|0|low|2|1795403730|1795403731|1795403749|N/A|15|n[1-2]|None|
-8|RUNNING|0|low|3|1795403918|1795403919|NONE|N/A|0|n[1-3]|None|
-9|PENDING|0|low|9|1795403919|N/A|N/A|N/A|0||PartitionNodeLimit|
+1|1|N/A|CANCELLED|0|low|2|1795403730|1795403731|1795403749|N/A|15|n[1-2]|None|
+8|8|N/A|RUNNING|0|low|3|1795403918|1795403919|NONE|N/A|0|n[1-3]|None|
+9|9|N/A|PENDING|0|low|9|1795403919|N/A|N/A|N/A|0||PartitionNodeLimit|
+"""
+# Slurm 22.05.8, an array with a throttle: two elements that wait in it, two that were taken out of it.
+SQUEUE_ARRAY = """\
+53|53|2|PENDING|0|low|1|1795403730|N/A|N/A|N/A|0||JobArrayTaskLimit|
+53|53|3|PENDING|0|low|1|1795403730|N/A|N/A|N/A|0||JobArrayTaskLimit|
+54|53|0|RUNNING|0|low|1|1795403730|1795403731|1795407331|N/A|0|n1|None|
+55|53|1|PENDING|1|low|1|1795403730|1795403761|N/A|N/A|0||BeginTime|
 """
 SCONTROL_22_05 = (
     "JobId=1 JobName=a b=c|d UserId=root(0) GroupId=root(0) MCS_label=N/A Priority=4294901759 Nice=0 Account=(null) "
@@ -133,6 +140,12 @@ def test_squeue_of_22_05() -> None:
     assert (impossible.start, impossible.node_count, impossible.reason) == (None, 9, "PartitionNodeLimit")
 
 
+def test_elements_of_an_array_are_told_apart_also_before_they_have_numbers() -> None:
+    jobs = parse_squeue(SQUEUE_ARRAY)
+    assert [(job.id, str(job.name)) for job in jobs] == [(53, "53_2"), (53, "53_3"), (54, "53_0"), (55, "53_1")]
+    assert [job.element for job in parse_squeue(SQUEUE_24_11)] == [None] * 4
+
+
 def test_scontrol_of_both_versions_whatever_the_job_is_called() -> None:
     running = parse_scontrol_job(SCONTROL_22_05)
     assert running is not None
@@ -144,7 +157,7 @@ def test_scontrol_of_both_versions_whatever_the_job_is_called() -> None:
     assert (waiting.node_count, waiting.nodes, waiting.end_limit) == (2, (), 1795407954)
     element = "JobId=55 ArrayJobId=53 ArrayTaskId=3 JobName=JobState=FAILED UserId=a(1) JobState=COMPLETED"
     parsed = parse_scontrol_job(element)
-    assert parsed is not None and (parsed.id, parsed.state) == (55, JobState.COMPLETED)
+    assert parsed is not None and (parsed.id, parsed.state, str(parsed.name)) == (55, JobState.COMPLETED, "53_3")
 
 
 def test_sacct_tells_every_run_of_a_job_and_no_steps() -> None:

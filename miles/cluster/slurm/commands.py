@@ -19,6 +19,7 @@ from miles.cluster.slurm.states import (
     SACCT_FORMAT,
     SQUEUE_FORMAT,
     Job,
+    JobId,
     parse_sacct,
     parse_scontrol_job,
     parse_squeue,
@@ -91,20 +92,24 @@ class Slurm:
         shown = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(start)) if start is not None else found[1]
         return f"{shown}{found[2]}".strip()
 
-    def jobs(self, ids: Iterable[int]) -> dict[int, Job]:
+    def jobs(self, ids: Iterable[JobId]) -> dict[JobId, Job]:
         """Those of the jobs that the controller knows: waiting, running, and ended minutes ago (MinJobAge)."""
-        wanted = sorted(set(ids))
-        found: dict[int, Job] = {}
+        wanted = sorted(set(ids), key=str)
+        known: dict[JobId, Job] = {}
         for begin in range(0, len(wanted), MAX_IDS):
             some = ",".join(map(str, wanted[begin : begin + MAX_IDS]))
             try:
-                output = self._run("squeue", "-h", "-t", "all", "-j", some, "-O", SQUEUE_FORMAT)
+                output = self._run("squeue", "-h", "-r", "-t", "all", "-j", some, "-O", SQUEUE_FORMAT)
             except UnknownJob:
                 continue
-            found |= {job.id: job for job in parse_squeue(output)}
-        return found
+            for job in parse_squeue(output):
+                known[job.id] = job
+                if job.element is not None:
+                    known[job.element] = job
+        # The number of an array's last element gets all of the array from squeue.
+        return {job: known[job] for job in wanted if job in known}
 
-    def show(self, job: int) -> Job | None:
+    def show(self, job: JobId) -> Job | None:
         """One job as scontrol tells it; None when the controller has forgotten it."""
         try:
             return parse_scontrol_job(self._run("scontrol", "-o", "show", "job", str(job)))
@@ -130,9 +135,9 @@ class Slurm:
             runs.setdefault(job.id, []).append(job)
         return runs
 
-    def cancel(self, ids: Iterable[int], *, signal: str | None = None, batch: bool = False) -> None:
+    def cancel(self, ids: Iterable[JobId], *, signal: str | None = None, batch: bool = False) -> None:
         """Cancel jobs, or signal their steps, with `batch` their batch script alone. Jobs that have ended are fine."""
-        wanted = sorted(set(ids))
+        wanted = sorted(set(ids), key=str)
         options = ([f"--signal={signal}"] if signal else []) + (["--batch"] if batch else [])
         for begin in range(0, len(wanted), MAX_IDS):
             try:
@@ -140,11 +145,11 @@ class Slurm:
             except UnknownJob:
                 continue
 
-    def kill_processes(self, job: int) -> None:
+    def kill_processes(self, job: JobId) -> None:
         """SIGKILL the processes of the job's first step. The same signal to the whole job would cancel it."""
         self._run("scancel", "--signal=KILL", f"{job}.0")
 
-    def requeue(self, job: int) -> None:
+    def requeue(self, job: JobId) -> None:
         """End the job's run and put it back into the queue. SlurmError where the site or the job forbids it."""
         self._run("scontrol", "requeue", str(job))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 
+from miles.cluster.slurm.states import Element, JobId
 from miles.runs.files import append_json, read_json_lines
 from miles.runs.paths import RunPaths
 
@@ -30,6 +31,7 @@ class JobRecord:
 
     step: str
     job: int
+    """Number of the job, or of the array."""
     kind: JobKind
     script: str
     """Path of the batch script."""
@@ -37,6 +39,13 @@ class JobRecord:
     """Unix time of the submission, in seconds."""
     dependency: str | None
     """As `sbatch --dependency` got it."""
+    element: int | None = None
+    """Which element of the array is this run's; None: the job is no array."""
+
+    @property
+    def id(self) -> JobId:
+        """What Slurm's commands call the job: `12`, or `53_3`."""
+        return self.job if self.element is None else Element(self.job, self.element)
 
 
 def append_job(paths: RunPaths, record: JobRecord) -> None:

@@ -42,7 +42,7 @@ class SubmittedJob:
 
     def __str__(self) -> str:
         """`job 12 (step grpo)`."""
-        return f"job {self.record.job} (step {self.record.step})"
+        return f"job {self.record.id} (step {self.record.step})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,26 +76,25 @@ def onlooker() -> Slurm:
 
 def ask(paths: RunPaths, slurm: Slurm) -> Queue:
     """The run's jobs as they are now. Raises what asking Slurm raises."""
-    records = read_jobs(paths)
-    known = slurm.jobs([record.job for record in records]) if records else {}
-    return Queue([SubmittedJob(record, known.get(record.job)) for record in records])
+    (queue,) = ask_all([paths], slurm)
+    return queue
+
+
+def ask_all(runs: Sequence[RunPaths], slurm: Slurm) -> list[Queue]:
+    """The same for many runs with one question."""
+    return _queues([read_jobs(paths) for paths in runs], slurm)
 
 
 def look(paths: RunPaths, connect: Callable[[], Slurm] = onlooker) -> Queue | None:
     """The run's jobs, as far as Slurm can be asked; None for a run that was never submitted to Slurm."""
     records = read_jobs(paths)
-    if not records:
-        return None
-    try:
-        return ask(paths, connect())
-    except MilesError as error:
-        return Queue([SubmittedJob(record, None) for record in records], error.message)
+    return _look_all([records], connect)[0] if records else None
 
 
 def cluster_view(paths: RunPaths, connect: Callable[[], Slurm] = onlooker) -> ClusterView:
     """What Slurm says about the run's jobs, for `miles.workflow.status`."""
     queue = look(paths, connect)
-    return ClusterView() if queue is None else ClusterView([_status(job) for job in queue.jobs], queue.problem)
+    return ClusterView() if queue is None else _view(queue)
 
 
 def cluster_views(runs: Sequence[RunPaths], connect: Callable[[], Slurm] = onlooker) -> list[ClusterView]:
@@ -106,16 +105,22 @@ def cluster_views(runs: Sequence[RunPaths], connect: Callable[[], Slurm] = onloo
             ledgers.append(read_jobs(paths))
         except MilesError:
             ledgers.append([])  # `miles status` says what is wrong with it
-    ids = [record.job for ledger in ledgers for record in ledger]
-    known, problem = {}, ""
+    return [_view(queue) for queue in _look_all(ledgers, connect)]
+
+
+def _queues(ledgers: Sequence[list[JobRecord]], slurm: Slurm) -> list[Queue]:
+    ids = [record.id for ledger in ledgers for record in ledger]
+    known = slurm.jobs(ids) if ids else {}
+    return [Queue([SubmittedJob(record, known.get(record.id)) for record in ledger]) for ledger in ledgers]
+
+
+def _look_all(ledgers: Sequence[list[JobRecord]], connect: Callable[[], Slurm]) -> list[Queue]:
+    if not any(ledgers):
+        return [Queue([]) for _ in ledgers]
     try:
-        known = connect().jobs(ids) if ids else {}
+        return _queues(ledgers, connect())
     except MilesError as error:
-        problem = error.message
-    return [
-        ClusterView([_status(SubmittedJob(record, known.get(record.job))) for record in ledger], problem)
-        for ledger in ledgers
-    ]
+        return [Queue([SubmittedJob(record, None) for record in ledger], error.message) for ledger in ledgers]
 
 
 class ViewOfQueue:
@@ -136,11 +141,16 @@ class ViewOfQueue:
         return self._view
 
 
+def _view(queue: Queue) -> ClusterView:
+    return ClusterView([_status(job) for job in queue.jobs], queue.problem)
+
+
 def _status(submitted: SubmittedJob) -> JobStatus:
     record, job = submitted.record, submitted.job
     return JobStatus(
         step=record.step,
-        job=record.job,
+        job=record.job if job is None else job.id,
+        name=str(record.id),
         kind=record.kind.value,
         submitted=record.time,
         state="" if job is None else job.state.value,

@@ -47,13 +47,13 @@ def preempt_run(
     assert job is not None
     match kind:
         case Preemption.TERM:
-            slurm.cancel([job.id], signal="TERM")
+            slurm.cancel([job.name], signal="TERM")
             return _end_after(slurm, job, grace, say)
         case Preemption.USR1:
-            slurm.cancel([job.id], signal="USR1", batch=True)
+            slurm.cancel([job.name], signal="USR1", batch=True)
             return _end_after(slurm, job, grace, say)
         case Preemption.KILL:
-            slurm.kill_processes(job.id)
+            slurm.kill_processes(job.name)
             _requeue(slurm, job, say)
         case Preemption.NODE:
             node = job.nodes[-1]
@@ -78,11 +78,11 @@ def _end_after(slurm: Slurm, job: Job, grace: float, say: Callable[[str], None])
 
 def _requeue(slurm: Slurm, job: Job, say: Callable[[str], None]) -> None:
     try:
-        slurm.requeue(job.id)
+        slurm.requeue(job.name)
     except MilesError as error:
         # As where preemption cancels: the run goes on in a successor or by `miles resume`.
         say(f"it cannot be requeued ({error.message}); it is cancelled")
-        slurm.cancel([job.id])
+        slurm.cancel([job.name])
 
 
 def _same_run(job: Job, current: Job) -> bool:
@@ -90,4 +90,4 @@ def _same_run(job: Job, current: Job) -> bool:
 
 
 def _now(slurm: Slurm, job: Job) -> Job:
-    return slurm.jobs([job.id]).get(job.id, job)
+    return slurm.jobs([job.name]).get(job.name, job)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TypeAlias
 
 
 class JobState(StrEnum):
@@ -147,10 +148,30 @@ def _state(word: str) -> JobState:
 
 
 @dataclass(frozen=True, slots=True)
+class Element:
+    """One element of a job array, as Slurm's commands take it: `53_3`.
+
+    Its number as a job comes when Slurm takes it out of the array, and the last element has the array's own: given to a
+    command, that number would mean all of them.
+    """
+
+    array: int
+    index: int
+
+    def __str__(self) -> str:
+        return f"{self.array}_{self.index}"
+
+
+JobId: TypeAlias = int | Element
+"""What Slurm's commands call a job."""
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
     """One job, or one run of it (sacct). Times in Unix seconds; None: not known, none, or without limit."""
 
     id: int
+    """Its number, `SLURM_JOB_ID`; of an element that waits in its array still, the number of the array."""
     state: JobState
     reason: str = ""
     """Why it waits, or ended (`Priority`, `Resources`, `Dependency`, `BeginTime`, ...); empty: no reason."""
@@ -170,10 +191,19 @@ class Job:
     """Of its batch script."""
     exit_signal: int | None = None
     """Signal that ended its batch script."""
+    element: Element | None = None
+    """Which element of which array it is; None: no array's."""
+
+    @property
+    def name(self) -> JobId:
+        """What Slurm's commands call it."""
+        return self.id if self.element is None else self.element
 
 
 SQUEUE_FIELDS = (
     "JobID",
+    "ArrayJobID",
+    "ArrayTaskID",
     "State",
     "RestartCnt",
     "Partition",
@@ -195,7 +225,7 @@ SACCT_FORMAT = ",".join(SACCT_FIELDS)
 
 
 def parse_squeue(text: str) -> list[Job]:
-    """Jobs in the output of `squeue -h -O SQUEUE_FORMAT`."""
+    """Jobs in the output of `squeue -h -r -O SQUEUE_FORMAT`: every element of an array by itself."""
     return [
         _job(
             fields,
@@ -207,6 +237,7 @@ def parse_squeue(text: str) -> list[Job]:
             nodes=fields["NodeList"],
             count=fields["NumNodes"],
             exit_code=fields["exit_code"],
+            element=_element(fields["ArrayJobID"], fields["ArrayTaskID"]),
         )
         for fields in _rows(text, SQUEUE_FIELDS)
     ]
@@ -241,10 +272,12 @@ def _rows(text: str, names: Sequence[str]) -> Iterator[dict[str, str]]:
 def parse_scontrol_job(text: str) -> Job | None:
     """The first job in the output of `scontrol -o show job`; None where there is none."""
     # The name is the user's: nothing before the id of the user, which follows it, is looked at.
-    found = re.match(r"\s*JobId=(\d+) (?:.*? )??JobName=.* UserId=\S+\(\d+\) (.*)", text)
+    found = re.match(
+        r"\s*JobId=(\d+) (?:ArrayJobId=(\d+) ArrayTaskId=(\d+) )?(?:.*? )??JobName=.* UserId=\S+\(\d+\) (.*)", text
+    )
     if found is None:
         return None
-    fields = key_values(found[2])
+    fields = key_values(found[4])
     return _job(
         fields,
         id=found[1],
@@ -255,6 +288,7 @@ def parse_scontrol_job(text: str) -> Job | None:
         nodes=fields.get("NodeList", ""),
         count=fields.get("NumNodes", ""),
         exit_code=fields.get("ExitCode", ""),
+        element=_element(found[2] or "", found[3] or ""),
     )
 
 
@@ -269,6 +303,7 @@ def _job(
     nodes: str,
     count: str,
     exit_code: str,
+    element: Element | None = None,
 ) -> Job:
     code, signal = _exit_code(exit_code)
     reason = fields.get("Reason", "").rstrip("|").strip()
@@ -286,6 +321,7 @@ def _job(
         preempted=unix_time(fields.get("PreemptTime", "")),
         exit_code=code,
         exit_signal=signal,
+        element=element,
     )
 
 
@@ -351,6 +387,11 @@ def _exit_code(text: str) -> tuple[int | None, int | None]:
     if found[2] is None:
         return int(found[1]) >> 8, int(found[1]) & 0x7F or None
     return int(found[1]), int(found[2]) or None
+
+
+def _element(array: str, index: str) -> Element | None:
+    """An element; of a job that is none, the index is `N/A`."""
+    return Element(int(array), int(index)) if array.isdecimal() and index.isdecimal() else None
 
 
 def _number(text: str) -> int | None:

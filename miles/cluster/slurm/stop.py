@@ -30,11 +30,11 @@ def stop_jobs(paths: RunPaths, slurm: Slurm, *, now: bool, timeout: float) -> li
     write_atomic(paths.stop_request, json.dumps(request) + "\n")
     stopped = queue.live
     if now:
-        slurm.cancel([job.record.job for job in queue.live])
+        slurm.cancel([job.record.id for job in queue.live])
         _wait(paths, slurm, timeout)
         return stopped
     if queue.waiting:
-        slurm.cancel([job.record.job for job in queue.waiting])
+        slurm.cancel([job.record.id for job in queue.waiting])
     _ask_running(paths, slurm, queue)
     _wait(paths, slurm, timeout)
     return stopped
@@ -42,7 +42,7 @@ def stop_jobs(paths: RunPaths, slurm: Slurm, *, now: bool, timeout: float) -> li
 
 def _ask_running(paths: RunPaths, slurm: Slurm, queue: Queue) -> None:
     """Signal the supervisors. A job in which none has claimed the run yet has nothing to save: it is cancelled."""
-    running = [job.record.job for job in queue.running]
+    running = [job.record.id for job in queue.running]
     if not running:
         return
     if current_holder(paths) is None:
@@ -56,7 +56,7 @@ def _wait(paths: RunPaths, slurm: Slurm, timeout: float) -> None:
     deadline = time.monotonic() + timeout
     while (queue := ask(paths, slurm)).live:
         if queue.waiting:
-            slurm.cancel([job.record.job for job in queue.waiting])
+            slurm.cancel([job.record.id for job in queue.waiting])
         if time.monotonic() > deadline:
             names = ", ".join(map(str, queue.live))
             raise RunError(

@@ -15,6 +15,7 @@ from miles.cluster.slurm.jobs import JobKind, JobRecord, append_job, read_jobs
 from miles.cluster.slurm.queue import ask
 from miles.cluster.slurm.render import check_script, render_job
 from miles.cluster.slurm.spec import job_spec
+from miles.cluster.slurm.states import JobId
 from miles.config.load import load_resolved
 from miles.config.schema import RunConfig
 from miles.errors import MilesError, RunError
@@ -102,9 +103,11 @@ def submit_run(paths: RunPaths, slurm: Slurm) -> list[JobRecord]:
 
 
 def live_ids(paths: RunPaths, slurm: Slurm) -> frozenset[int]:
-    """Jobs that have not ended, of those on the run's record and the one that holds it, by whomever submitted."""
+    """Numbers of the jobs that have not ended, of those on the run's record and the one that holds it."""
     holder = current_holder(paths)
-    ids = {record.job for record in read_jobs(paths)} | ({holder.job} if holder and holder.job else set())
+    ids: set[JobId] = {record.id for record in read_jobs(paths)}
+    if holder is not None and holder.job is not None:
+        ids.add(holder.job)
     return frozenset(job.id for job in slurm.jobs(ids).values() if job.state.live) if ids else frozenset()
 
 
