@@ -6,10 +6,13 @@ VENV ?= .venv
 # Package index for torch alone, for example the CPU wheels (docs/install.md). Empty: pip's own configuration.
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
+# Processes that run the tests; a file's tests stay in one of them. 0: all tests in one process, as a debugger wants it.
+TEST_WORKERS ?= 2
 # How often `make chaos` kills, and what it kills: megatron or fsdp.
 KILLS ?= 20
 BACKEND ?= megatron
 
+PYTEST = $(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
@@ -29,10 +32,10 @@ quickstart: $(INSTALLED) ## Train a tiny model on this machine and write its rep
 install: $(INSTALLED) ## Create the virtual environment and install Miles into it
 
 test: $(INSTALLED_DEV) ## Run the tests
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST)
 
 test-slurm: $(INSTALLED_DEV) ## Run the tests on a real Slurm, started on this machine (slurmctld slurmd slurm-client munge)
-	$(BIN)/python -m pytest tests/slurm $(PYTEST_ARGS)
+	$(PYTEST) tests/slurm
 
 lint: $(INSTALLED_DEV) ## Check style, types and shell files; changes nothing
 	$(BIN)/ruff check .

@@ -66,7 +66,8 @@ def test_preempted_job_waits_with_its_reason(slurm: Testbed, tmp_path: Path) -> 
     while QUICK.jobs([job])[job].preempted is None:  # said until its grace is over
         time.sleep(0.1)
     slurm.wait_state(job, "PENDING", restarts=1)
-    waiting = QUICK.jobs([job])[job]
+    while not (waiting := QUICK.jobs([job])[job]).reason:  # comes with the scheduler's next look
+        time.sleep(0.1)
     assert waiting.state.waiting and waiting.state.live
     assert waiting.reason in ("BeginTime", "Priority", "Resources")
     assert waiting.nodes == ()
