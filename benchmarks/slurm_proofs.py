@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -42,10 +43,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenario", choices=list(SCENARIOS), default="tormented")
     parser.add_argument("--seed", type=int, nargs="+", default=[1])
-    parser.add_argument("--steps", type=int, default=40, help="of the run: more on a machine that is faster")
+    parser.add_argument("--steps", type=int, default=120, help="of the run: more on a faster machine")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--directory", type=Path, help="keep the cluster's and the runs' files there")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # the cluster must be ended
     output = arguments.output or ROOT / "benchmarks" / "results" / f"slurm-{arguments.scenario}.json"
     with tempfile.TemporaryDirectory(prefix="slurm-") as temporary:
         records = SCENARIOS[arguments.scenario](arguments.directory or Path(temporary), arguments.seed, arguments.steps)

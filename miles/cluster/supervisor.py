@@ -84,10 +84,12 @@ def supervise(
         except MilesError as error:
             fence.check()
             came_up = supervision.engines_came_up and followers.engines_came_up()
-            reason = end_reason(error, engines_came_up=came_up)
+            reason, detail = end_reason(error, engines_came_up=came_up), error.message
             if place is not None and job is not None:
-                reason = job.true_reason(paths, planned.name, place, reason)
-            end_attempt(paths, attempt, reason, exit_code=error.exit_code, detail=error.message)
+                seen, reason = reason, job.true_reason(paths, planned.name, place, reason)
+                if seen is not reason and isinstance(error, EndedEarly):
+                    detail = f"Slurm ended the job of step '{planned.name}': {reason}"
+            end_attempt(paths, attempt, reason, exit_code=error.exit_code, detail=detail)
             if reason in (EndReason.ENGINE_CRASH, EndReason.TRAINER_CRASH):
                 error.fix = "; ".join(filter(None, [error.fix, continues(paths)]))
             if reason is EndReason.NODE_FAILURE and not isinstance(error, Interrupted):

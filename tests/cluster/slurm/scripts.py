@@ -73,7 +73,7 @@ def start(job: JobSpec, directory: Path, **environment: str) -> Script:
     """Run the script of a job as job 7, with files of the run in `job.run_dir` and the record in `directory`."""
     record = directory / "record"
     record.mkdir(exist_ok=True)
-    defaults = {"state": "RUNNING", "time-left": "1-02:03:04"}
+    defaults = {"state": "RUNNING", "restarts": "0", "time-left": "1-02:03:04"}
     for name, text in defaults.items():
         if not (record / name).exists():
             (record / name).write_text(text)

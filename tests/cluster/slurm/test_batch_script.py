@@ -147,6 +147,14 @@ def test_a_job_that_was_cancelled_does_not_come_back(tmp_path: Path, state: str)
     assert "Slurm is ending this job already" in output
 
 
+def test_an_older_run_of_the_job_leaves_the_newer_one_alone(tmp_path: Path) -> None:
+    (tmp_path / "record").mkdir()
+    (tmp_path / "record" / "restarts").write_text("2")
+    ended, output, script = run(spec(tmp_path, command=ends(75)), tmp_path, SLURM_RESTART_COUNT="1")
+    assert (ended, script.lines("requeues")) == (75, [])
+    assert "back into the queue already" in output
+
+
 def test_a_job_that_its_time_limit_ends_comes_back(tmp_path: Path) -> None:
     (tmp_path / "record").mkdir()
     (tmp_path / "record" / "state").write_text("COMPLETING")
