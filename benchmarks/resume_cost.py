@@ -145,14 +145,24 @@ def go_on(file: Path, step: int) -> dict[str, float]:
 
 def tokens_drawn(paths: RunPaths) -> int:
     """Tokens that the engines of the running attempt have drawn, without those of the first evaluation."""
-    first = next(line for line in read_metrics(paths) if line.stage == STAGE)
-    total = -round(first.values["eval/length_mean"] * HELDOUT_PROMPTS)
+    return tokens_of_engines(paths, read_attempts(paths)[-1].number) - tokens_evaluated(paths)
+
+
+def tokens_of_engines(paths: RunPaths, attempt: int) -> int:
+    """Tokens that the engines of an attempt have drawn, for whatever. Raises OSError when one does not answer."""
+    total = 0
     token = paths.engine_token.read_text().strip()
-    for endpoint in read_endpoints(paths.engines(read_attempts(paths)[-1].number)):
+    for endpoint in read_endpoints(paths.engines(attempt)):
         request = urllib.request.Request(f"{endpoint.url}/server_info", headers={"Authorization": f"Bearer {token}"})
         with urllib.request.urlopen(request, timeout=30) as answer:
             total += json.load(answer)["internal_states"][0]["num_drawn_tokens"]
     return total
+
+
+def tokens_evaluated(paths: RunPaths) -> int:
+    """Tokens of the evaluation before the first step."""
+    first = next(line for line in read_metrics(paths) if line.stage == STAGE)
+    return round(first.values["eval/length_mean"] * HELDOUT_PROMPTS)
 
 
 def tokens_on_disk(paths: RunPaths, until: int | None = None) -> int:

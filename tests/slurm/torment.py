@@ -114,6 +114,8 @@ class Torment:
             case Blow.LIMIT:
                 pass  # it comes by itself
         self._until(lambda: int(self._bed.show(job)["Restarts"]) > restarts, f"job {job} is not requeued: {blow}")
+        # Between its two runs the job counts as finished, and cannot be changed.
+        self._until(lambda: self._bed.show(job)["JobState"] in ("PENDING", "RUNNING"), f"job {job} does not wait")
         self._bed.run("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}")
         if node:
             # It comes back when the run goes on elsewhere: until then the old attempt's processes live on there.

@@ -12,8 +12,10 @@ from pathlib import Path
 
 from miles.cluster.slurm.jobs import read_jobs
 from miles.runs.attempts import EndReason, read_attempts
+from miles.runs.metrics import read_metrics
 from miles.runs.paths import RunPaths
 from tests.chaos.audit import (
+    NOT_COMPARED,
     checkpoint_findings,
     journal_findings,
     log_findings,
@@ -106,3 +108,21 @@ def differences(paths: RunPaths, reference: RunPaths) -> list[str]:
 def unsound(paths: RunPaths) -> list[str]:
     """What is wrong with a run that has ended in itself: damaged checkpoints, live processes, stacks in logs."""
     return [*checkpoint_findings(paths, (STAGE,)), *process_findings(paths), *log_findings(paths)]
+
+
+def curve_distance(paths: RunPaths, reference: RunPaths) -> dict[str, float]:
+    """How far a run on other numbers of ranks is from the undisturbed one, in the worst step of the stage.
+
+    Of each metric that is no measurement of time, relative to its largest value in the undisturbed run.
+    """
+    mine, other = (
+        {line.step: line.values for line in read_metrics(each) if line.stage == STAGE} for each in (paths, reference)
+    )
+    assert mine.keys() == other.keys(), f"steps {sorted(mine)}, undisturbed {sorted(other)}"
+    names = set.intersection(*(set(values) for step, values in other.items() if step > 0))
+    distances = {}
+    for name in sorted(name for name in names if not name.startswith(NOT_COMPARED)):
+        pairs = [(mine[step][name], values[name]) for step, values in other.items() if step > 0]
+        scale = max(abs(value) for _, value in pairs)
+        distances[name] = max(abs(value - twin) for value, twin in pairs) / (scale or 1.0)
+    return distances
