@@ -19,8 +19,11 @@ def host_address() -> str:
     return socket.gethostbyname(socket.gethostname())
 
 
-def slurm_conf(bed: Testbed, host: str) -> str:
-    """`slurm.conf`: every daemon on one address with a port of its own, and timings for tests."""
+def slurm_conf(bed: Testbed, host: str, accounting: Mapping[str, object]) -> str:
+    """`slurm.conf`: every daemon on one address with a port of its own, and timings for tests.
+
+    `accounting`: settings about it; empty where there is none.
+    """
     address = host_address()
     base, user = bed.directory, pwd.getpwuid(os.getuid()).pw_name
     controller_parameters = ["idle_on_node_suspend"] + ["preempt_send_user_signal"] * bed.send_user_signal
@@ -35,7 +38,7 @@ def slurm_conf(bed: Testbed, host: str) -> str:
         "AuthType": "auth/munge",
         "CredType": "cred/munge",
         "AuthInfo": f"socket={base}/run/munge.sock,cred_expire=5",  # a requeued job waits for one second more than that
-        "AccountingStorageType": "accounting_storage/none",
+        **(accounting or {"AccountingStorageType": "accounting_storage/none"}),
         "CommunicationParameters": "NoInAddrAny,NoCtldInAddrAny",
         "MpiDefault": "none",
         "ProctrackType": "proctrack/linuxproc",

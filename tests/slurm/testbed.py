@@ -16,7 +16,7 @@ in the environment of the test, so that `sbatch` and Miles' commands simply work
 
 Partitions: low (default, preempted with REQUEUE), kill (preempted with CANCEL), high. Nodes n1, n2, ... claim 8 CPUs
 and 8 GPUs each; they share the host, its /tmp and its name: tell them apart by SLURMD_NODENAME. No systemd, no cgroups,
-no accounting, one address (that of the host's name), root or not.
+one address (that of the host's name), root or not.
 
 RUNNING is said before a script has begun, and a `slurmd` killed in between fails the job: `wait_text` for a line of the
 job's own output before you disturb it.
@@ -34,15 +34,15 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from .accounting import Accounting
+from .daemons import START_SECONDS, Daemons, until
 from .slurm_conf import GPUS, host_address, slurm_conf
 
 FOREIGN = ("SLURM", "SBATCH", "SRUN", "SACCT", "SQUEUE", "SINFO", "SCANCEL", "MUNGE", "MILES_")
-START_SECONDS = 60.0
 
 
 def installed() -> bool:
@@ -67,6 +67,7 @@ class Testbed:
     slurmd_timeout: int = 5
     send_user_signal: bool = False
     requeue: bool = True
+    accounting: bool = False
     extra: list[str] = field(default_factory=list)
     port: int = field(default=0, repr=False)
 
@@ -108,32 +109,34 @@ class Testbed:
 
     def down(self) -> None:
         """Cancel all jobs and end every daemon and everything that jobs left behind. The directory stays."""
-        if self._pid("slurmctld"):
+        if self._daemons.pid("slurmctld"):
             jobs = self._query("squeue", "-h", "-o", "%A").split()
             if jobs:
                 self._query("scancel", *sorted(set(jobs)))
-                _until(lambda: not self._query("squeue", "-h", "-o", "%A"), self.kill_wait + 8)
+                until(lambda: not self._query("squeue", "-h", "-o", "%A"), self.kill_wait + 8)
         for name in self.names:
-            self._end(f"slurmd.{name}")
-        self._end("slurmctld")
-        self._end("munged")
+            self._daemons.end(f"slurmd.{name}")
+        self._daemons.end("slurmctld")
+        if self.accounting:
+            self._accounting.end()
+        self._daemons.end("munged")
         self._end_leftovers()
 
     def kill_node(self, name: str) -> None:
         """SIGKILL the slurmd of a node: Slurm says DOWN after some 25 s. Its jobs' processes go on, unsignalled."""
-        pid = self._pid(f"slurmd.{name}")
+        pid = self._daemons.pid(f"slurmd.{name}")
         if pid is None:
             raise RuntimeError(f"{name} does not run")
         os.kill(pid, signal.SIGKILL)
 
     def start_node(self, name: str) -> None:
         """Start the slurmd of a node that was killed; without effect on one that runs."""
-        if self._pid(f"slurmd.{name}") is None:
+        if self._daemons.pid(f"slurmd.{name}") is None:
             (self.directory / "spool" / name).mkdir(exist_ok=True)
-            self._daemon(f"slurmd.{name}", "slurmd", "-N", name, "-f", str(self._conf))
+            self._daemons.start(f"slurmd.{name}", "slurmd", "-N", name, "-f", str(self._conf))
             # Until it listens, the controller may think of its predecessor as alive and launch into nothing.
             port = self.port + int(name[1:])
-            if not _until(lambda: not _is_free(port), START_SECONDS):
+            if not until(lambda: not _is_free(port), START_SECONDS):
                 raise RuntimeError(f"slurmd of {name} does not listen on port {port}")
 
     def set_down(self, name: str) -> None:
@@ -142,14 +145,14 @@ class Testbed:
 
     def stop_controller(self) -> None:
         """End slurmctld in order; running jobs go on, commands fail. `up` starts it again."""
-        self._end("slurmctld")
+        self._daemons.end("slurmctld")
 
     def reset(self, seconds: float = 60.0) -> None:
         """No jobs, every node idle. Raises TimeoutError."""
         self.up()
         if jobs := self.run("squeue", "-h", "-o", "%A").split():
             self._query("scancel", *sorted(set(jobs)))
-        if not _until(self._idle, seconds):
+        if not until(self._idle, seconds):
             raise TimeoutError(f"the cluster does not become idle:\n{self.run('sinfo')}\n{self.run('squeue')}")
 
     # Use of the cluster
@@ -192,7 +195,7 @@ class Testbed:
             found.update(self.show(job))
             return found["JobState"] in states and int(found["Restarts"]) >= restarts
 
-        if not _until(there, seconds):
+        if not until(there, seconds):
             told = {key: found.get(key) for key in ("JobState", "Reason", "Restarts", "ExitCode")}
             raise TimeoutError(f"job {job} is {told}, wanted {states} after {restarts} restarts")
         return found
@@ -212,9 +215,18 @@ class Testbed:
     def _conf(self) -> Path:
         return self.directory / "etc" / "slurm.conf"
 
+    @property
+    def _daemons(self) -> Daemons:
+        return Daemons(self.directory, self.environment)
+
+    @property
+    def _accounting(self) -> Accounting:
+        return Accounting(self.directory, self.port + self.nodes + 1, self._daemons)
+
     def _write_configuration(self) -> None:
         etc, host = self.directory / "etc", socket.gethostname().split(".")[0]
-        (etc / "slurm.conf").write_text(slurm_conf(self, host))
+        accounting = self._accounting.slurm_conf() if self.accounting else {}
+        (etc / "slurm.conf").write_text(slurm_conf(self, host, accounting))
         gpus = [self.directory / "dev" / f"gpu{number}" for number in range(GPUS)]
         for gpu in gpus:  # a file that is no device is refused; without files CUDA_VISIBLE_DEVICES is not set
             gpu.unlink(missing_ok=True)
@@ -229,7 +241,7 @@ class Testbed:
 
     def _start(self) -> None:
         etc, run = self.directory / "etc", self.directory / "run"
-        if self._pid("munged") is None:
+        if self._daemons.pid("munged") is None:
             key = etc / "munge.key"
             if not key.exists():
                 key.touch(mode=0o600)
@@ -238,46 +250,15 @@ class Testbed:
             (run / "munge.sock.lock").unlink(missing_ok=True)
             files = [f"--key-file={key}", f"--socket={run / 'munge.sock'}", f"--pid-file={run / 'munged.pid'}"]
             files += [f"--log-file={self.directory / 'log/munged.log'}", f"--seed-file={self.directory / 'state/seed'}"]
-            self._daemon("munged", "munged", "--force", *files)
-        if self._pid("slurmctld") is None:
-            self._daemon("slurmctld", "slurmctld", "-f", str(self._conf))
+            self._daemons.start("munged", "munged", "--force", *files)
+        if self.accounting:
+            self._accounting.start()
+        if self._daemons.pid("slurmctld") is None:
+            self._daemons.start("slurmctld", "slurmctld", "-f", str(self._conf))
         for name in self.names:
             self.start_node(name)
-        if not _until(self._all_up, START_SECONDS):
+        if not until(self._all_up, START_SECONDS):
             raise RuntimeError(f"its nodes are not all up: {self._query('sinfo')}")
-
-    def _daemon(self, name: str, *command: str) -> None:
-        (self.directory / "run" / f"{name}.pid").unlink(missing_ok=True)
-        with (self.directory / "log" / f"{name}.start").open("ab") as log:
-            subprocess.run(
-                command,
-                env=self.environment,
-                cwd="/",
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                check=True,
-                timeout=START_SECONDS,
-            )
-
-    def _pid(self, name: str) -> int | None:
-        """The live process of a pid file; another process that has the number by now does not count."""
-        try:
-            pid = int((self.directory / "run" / f"{name}.pid").read_text())
-            status = Path(f"/proc/{pid}/status").read_text()
-        except (OSError, ValueError):
-            return None
-        alive = f"Name:\t{name.split('.')[0]}\n" in status and "State:\tZ" not in status
-        return pid if alive else None
-
-    def _end(self, name: str) -> None:
-        for number, seconds in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 2.0)):
-            pid = self._pid(name)
-            if pid is None:
-                return
-            os.kill(pid, number)
-            _until(lambda: self._pid(name) is None, seconds)
 
     def _end_leftovers(self) -> None:
         """Kill steps and processes of jobs of this cluster: those that carry its SLURM_CONF and the id of a job."""
@@ -328,25 +309,16 @@ def load(directory: Path) -> Testbed:
 
 def wait_text(path: Path, text: str, seconds: float = 30.0) -> str:
     """Wait until a file holds `text`; what it holds then. Raises TimeoutError."""
-    if not _until(lambda: path.exists() and text in path.read_text(errors="replace"), seconds):
+    if not until(lambda: path.exists() and text in path.read_text(errors="replace"), seconds):
         raise TimeoutError(f"{text!r} is not in {path}: {path.read_text() if path.exists() else 'no such file'}")
     return path.read_text(errors="replace")
-
-
-def _until(done: Callable[[], bool], seconds: float) -> bool:
-    end = time.monotonic() + seconds
-    while not done():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.1)
-    return True
 
 
 def _free_ports(nodes: int) -> int:
     """A base of ports that nobody listens on now, below those that the kernel hands out."""
     for _ in range(100):
         base = random.randrange(20000, 32000, 50)
-        if all(_is_free(base + offset) for offset in range(nodes + 2)):
+        if all(_is_free(base + offset) for offset in range(nodes + 3)):
             return base
     raise RuntimeError("no free ports")
 
