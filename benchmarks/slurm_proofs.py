@@ -14,7 +14,8 @@ old-attempt the `slurmd` of every node of a run is killed, so that the old attem
             one runs elsewhere: it ends by itself. Once more with the old attempt frozen until the run is done.
 timings     what each way to be interrupted costs (benchmarks/slurm_timings.py).
 
-Writes benchmarks/results/slurm-SCENARIO.json, with what is wrong (nothing, or the exit code is 1).
+Writes benchmarks/results/slurm-SCENARIO.json (timings: slurm-interruptions.json), with what is wrong: nothing, or the
+exit code is 1.
 """
 
 from __future__ import annotations
@@ -71,14 +72,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenario", choices=list(SCENARIOS), default="tormented")
     parser.add_argument("--seed", type=int, nargs="+", default=[1])
-    parser.add_argument("--steps", type=int, default=120, help="of the run: more on a faster machine")
+    parser.add_argument("--steps", type=int, help="of the run: more on a faster machine")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--directory", type=Path, help="keep the cluster's and the runs' files there")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # the cluster must be ended
-    output = arguments.output or ROOT / "benchmarks" / "results" / f"slurm-{arguments.scenario}.json"
+    name = "interruptions" if arguments.scenario == "timings" else arguments.scenario
+    output = arguments.output or ROOT / "benchmarks" / "results" / f"slurm-{name}.json"
     with tempfile.TemporaryDirectory(prefix="slurm-") as temporary:
-        records = SCENARIOS[arguments.scenario](arguments.directory or Path(temporary), arguments.seed, arguments.steps)
+        scenario, steps = SCENARIOS[arguments.scenario]
+        records = scenario(arguments.directory or Path(temporary), arguments.seed, arguments.steps or steps)
     output.write_text(json.dumps(records, indent=1) + "\n")
     print(f"written to {output}")
     sys.exit(any(run["findings"] for run in records["runs"]))
@@ -287,7 +290,7 @@ def timings(directory: Path, seeds: list[int], steps: int) -> Record:
     """What each way to be interrupted costs."""
     dice = random.Random(seeds[0])
     with cluster(directory, grace=20) as bed:
-        user, document = undisturbed(directory, bed, 4)
+        user, document = undisturbed(directory, bed, steps)
         limit = (f'slurm.time="{SHORT_MINUTES}"', f"slurm.save_lead_minutes={LEAD_MINUTES}")
         usual = interruptions(user, "usual", [Kind.TERM, Kind.KILL, Kind.NODE, Kind.REQUEUE] * ROUNDS, dice)
         limits = interruptions(user, "limits", [Kind.LIMIT] * 2, dice, *limit)
@@ -317,13 +320,14 @@ def interrupt_all(user: User, name: str, kinds: list[Kind], dice: random.Random)
     return found
 
 
-SCENARIOS: dict[str, Callable[[Path, list[int], int], Record]] = {
-    "tormented": tormented,
-    "elastic": elastic,
-    "short-grace": short_grace,
-    "old-attempt": old_attempt,
-    "timings": timings,
+SCENARIOS: dict[str, tuple[Callable[[Path, list[int], int], Record], int]] = {
+    "tormented": (tormented, 120),
+    "elastic": (elastic, 40),
+    "short-grace": (short_grace, 24),
+    "old-attempt": (old_attempt, 60),
+    "timings": (timings, 4),
 }
+"""Each with the steps of its run, so that everything happens before its end."""
 
 if __name__ == "__main__":
     main()
