@@ -116,7 +116,9 @@ def _options(spec: JobSpec) -> Iterator[str]:
         if (value := getattr(section, name)) is not None:
             yield _option(name, value, key=f"slurm.{name}")
     yield _option("nodes", spec.nodes, key="slurm.nodes")
-    yield "--ntasks-per-node=1"
+    if spec.nodes.isdecimal():
+        # With a range, Slurm would never give more than the least: it takes the tasks of that many nodes for all.
+        yield "--ntasks-per-node=1"
     if section.cpus_per_node is not None:
         yield f"--cpus-per-task={section.cpus_per_node}"
     if section.memory_per_node is not None:
