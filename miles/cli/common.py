@@ -28,6 +28,14 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the file; repeatable."),
 ]
+SweepOption = Annotated[
+    list[str] | None,
+    typer.Option("--sweep", metavar="KEY=A,B,...", help="A run for each value; repeatable: for each combination."),
+]
+AtOnceOption = Annotated[
+    int | None,
+    typer.Option("--at-once", metavar="N", min=1, help="With --sweep: jobs of one step that run at the same time."),
+]
 FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="The run file (TOML).")]
 
 

@@ -1,4 +1,4 @@
-"""Starting a prepared run, here or on Slurm: what `submit` and `resume` share."""
+"""Starting a prepared run, here or on Slurm: what `submit`, with and without a sweep, and `resume` share."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from miles.cli.common import on_slurm, print_next, run_argument
 from miles.errors import Interrupted
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import Console
 
     from miles.cluster.local import Driver
@@ -30,7 +32,7 @@ def drive(prepared: Prepared, console: Console, *, detach: bool, last: tuple[str
     paths = prepared.paths
     refuse_ranks_of_one_node(load_resolved(paths.root))
     name = run_argument(paths.root)
-    _introduce(prepared, console)
+    introduce(prepared, console)
     driver = start_driver(paths)
     if detach:
         console.print(f"started in the background, process {driver.pid}")
@@ -52,7 +54,7 @@ def submit_jobs(prepared: Prepared, console: Console) -> None:
 
     paths = prepared.paths
     name = run_argument(paths.root)
-    _introduce(prepared, console)
+    introduce(prepared, console)
     with console.status("submitting"):
         records = submit_run(paths, Slurm())
     if not records:
@@ -70,27 +72,33 @@ def submit_jobs(prepared: Prepared, console: Console) -> None:
     )
 
 
-def refuse_if_busy(paths: RunPaths) -> None:
-    """Raise RunError when a process drives the run, or jobs of it wait or run on Slurm.
+def refuse_if_busy(runs: Sequence[RunPaths]) -> None:
+    """Raise RunError when a process drives one of the runs, or jobs of it wait or run on Slurm.
 
     A job that ended without a word leaves its claim, which processes elsewhere cannot judge: it is released here.
     """
     from miles.runs.claim import Claim, current_holder, refuse_if_held
 
-    if on_slurm(paths):
+    submitted = [paths for paths in runs if on_slurm(paths)]
+    if submitted:
         from miles.cluster.slurm.commands import Slurm
         from miles.cluster.slurm.submit import live_ids, refuse_live_jobs
 
         slurm = Slurm()
-        refuse_live_jobs(paths, slurm)
-        holder = current_holder(paths)
-        if holder is not None and holder.job is not None:
-            with Claim.acquire(paths, live_jobs=live_ids(paths, slurm)):
+        refuse_live_jobs(submitted, slurm)
+        held = [
+            paths for paths in submitted if (holder := current_holder(paths)) is not None and holder.job is not None
+        ]
+        live = live_ids(held, slurm)
+        for paths in held:
+            with Claim.acquire(paths, live_jobs=live):
                 pass
-    refuse_if_held(paths)
+    for paths in runs:
+        refuse_if_held(paths)
 
 
-def _introduce(prepared: Prepared, console: Console) -> None:
+def introduce(prepared: Prepared, console: Console) -> None:
+    """Say where the run is, and what became of an earlier one and of its config."""
     if prepared.set_aside is not None:
         console.print(f"the earlier run is now {prepared.set_aside}", soft_wrap=True)
     console.print(f"run directory: {prepared.paths.root}", soft_wrap=True)

@@ -11,8 +11,11 @@ from miles.cli.common import print_next
 from miles.errors import MilesError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import Console
 
+    from miles.cluster.slurm.arrays import ArrayPlan
     from miles.cluster.slurm.submit import PlannedJob
     from miles.config.schema import RunConfig
     from miles.runs.paths import RunPaths
@@ -44,20 +47,53 @@ def show_plan(config: RunConfig, paths: RunPaths, console: Console, *, file: Pat
     print_next(console, (f"miles submit {file}", "submit it"), (f"miles render {file}", "the scripts themselves"))
 
 
+def show_arrays(plan: ArrayPlan, console: Console, *, command: str) -> None:
+    """The same for a sweep, as `command` would submit it: each array with its runs."""
+    from miles.cluster.slurm.render import render_array
+
+    console.print(
+        f"{len(plan.sweep.members)} runs; scripts and output of their arrays: {plan.sweep.directory}", soft_wrap=True
+    )
+    for group in plan.groups:
+        names = ", ".join(member.paths.root.name for member in group.members)
+        console.print(f"{len(group.members)} runs: {names}", markup=False, soft_wrap=True)
+        for job in group.jobs:
+            spec = plan.spec(group.members, job.step)
+            after = _after(job, group.jobs, " of the same run")
+            runs = (
+                f"{shlex.join(spec.job.command)}, and so on" if len(group.members) > 1 else shlex.join(spec.job.command)
+            )
+            _show(job.step, after, runs, render_array(spec), console)
+    if not plan.groups:
+        console.print("every step of every run is done: nothing would be submitted")
+        return
+    console.print("nothing was submitted, and nothing written")
+    render = command.replace("miles submit", "miles render", 1)
+    print_next(console, (command, "submit it"), (render, "the scripts themselves"))
+
+
 def _show_job(config: RunConfig, paths: RunPaths, jobs: list[PlannedJob], position: int, console: Console) -> None:
     from miles.cluster.slurm.render import render_job
     from miles.cluster.slurm.spec import job_spec
 
     job = jobs[position]
     spec = job_spec(config, job.step, paths, dependency=None)
-    script = render_job(spec)
-    after = [f"after '{jobs[other].step}' has ended well" for other in job.after_success]
+    _show(job.step, _after(job, jobs), shlex.join(spec.command), render_job(spec), console)
+
+
+def _after(job: PlannedJob, jobs: Sequence[PlannedJob], whose: str = "") -> str:
+    """What a job waits for, in words."""
+    after = [f"after '{jobs[other].step}'{whose} has ended well" for other in job.after_success]
     if job.after_end is not None and job.after_end not in job.after_success:
         after.append(f"after '{jobs[job.after_end].step}' has ended")
+    return ", ".join(after)
+
+
+def _show(step: str, after: str, runs: str, script: str, console: Console) -> None:
     options = [line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH ")]
     options = [option for option in options if not option.startswith(_HOUSEKEEPING)]
-    rows = [("after", ", ".join(after)), ("asks", " ".join(options)), ("runs", shlex.join(spec.command))]
-    console.print(f"step {job.step}", style="bold", markup=False)
+    rows = [("after", after), ("asks", " ".join(options)), ("runs", runs)]
+    console.print(f"step {step}", style="bold", markup=False)
     for name, text in [*rows, ("starts", _estimate(script))]:
         if text:
             console.print(f"  {name:<7}{text}", markup=False, soft_wrap=True)

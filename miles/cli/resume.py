@@ -63,7 +63,7 @@ def resume(
         raise ConfigError("--stage says which stage --from means", fix=f"`--stage {stage} --from STEP`")
     paths = find_run(run)
     console = stdout()
-    refuse_if_busy(paths)
+    refuse_if_busy([paths])
     config = load_resolved(paths.root)
     check_config(paths, config_with(paths, set_ or []))
     if restart is not None or from_ is not None:

@@ -28,21 +28,22 @@ from miles.config.validate import Checked, check_values, default_problems, struc
 from miles.errors import RunError
 
 
-def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_run(path: str | Path, overrides: Sequence[str] = (), *, swept: Sequence[str] = ()) -> RunConfig:
     """Read, merge and check a user's run file.
 
     Args:
         path: the TOML file. Relative paths in it start at its own directory.
         overrides: `--set` arguments such as `train.lr=2e-6`; relative paths start at the working directory.
+        swept: the same, each with one of the values of a `--sweep`.
 
     Raises:
         ConfigError: the file cannot be read or is not TOML.
         InvalidConfigError: everything else that is wrong with it, at once.
     """
     root = with_default_steps(read_tree(Path(path)))
-    places = []
-    for argument in overrides:
-        root, place = apply_override(root, argument)
+    arguments, places = [*overrides, *swept], []
+    for number, argument in enumerate(arguments):
+        root, place = apply_override(root, argument, "--set" if number < len(overrides) else "--sweep")
         places.append(place)
     steps = complete_steps(root)
     checked = check_values(root, steps)
@@ -52,7 +53,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         *checked.problems,
         *default_problems(root),
         *_combination_problems(checked, steps),
-        *_shadowed_overrides(steps, overrides, places),
+        *_shadowed_overrides(steps, arguments, places),
     ]
     if problems or checked.config is None:
         raise InvalidConfigError(os.fspath(path), problems)

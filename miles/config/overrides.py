@@ -48,16 +48,18 @@ def _value(text: str) -> Any:
     return parsed["value"] if list(parsed) == ["value"] else text
 
 
-def apply_override(root: Node, argument: str) -> tuple[Node, Place]:
+def apply_override(root: Node, argument: str, option: str = "--set") -> tuple[Node, Place]:
     """The tree with the override laid over it, and the place that marks what came from it.
+
+    `option`: what the argument was given with.
 
     Raises:
         ConfigError: it names a step that does not exist, or goes through a list.
     """
     path, value = parse_override(argument)
-    place = Place(f"--set {argument}")
+    place = Place(f"{option} {argument}")
     if path[0] == "extends":
-        raise ConfigError(f"{place}: a file extends others, not --set", fix="write extends = ... into the file")
+        raise ConfigError(f"{place}: a file extends others, not {option}", fix="write extends = ... into the file")
     steps = list(root.nearest(("steps",)).table())
     if path[0] == "steps" and len(path) > 1 and path[1] not in steps:
         raise ConfigError(
@@ -68,8 +70,8 @@ def apply_override(root: Node, argument: str) -> tuple[Node, Place]:
         node = root.find(path[:length])
         if node is not None and isinstance(node.value, list):
             raise ConfigError(
-                f"{place}: {dotted(path[:length])} is a list, which --set replaces whole",
-                fix=f"--set '{dotted(path[:length])}=[...]'",
+                f"{place}: {dotted(path[:length])} is a list, which {option} replaces whole",
+                fix=f"{option} '{dotted(path[:length])}=[...]'",
             )
     branch = put(Node({}, place, ""), path, attach(value, place.source, {}, path))
     return merge(root, expand(branch, Path.cwd())), place

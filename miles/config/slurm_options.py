@@ -14,7 +14,7 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 OWN = {
     "account": "write slurm.account",
-    "array": "a step is one job; Miles has no use for it",
+    "array": "use `miles submit --sweep`",
     "clusters": "log in to that cluster and submit there",
     "constraint": "write slurm.constraint",
     "cpus-per-gpu": "write slurm.cpus_per_node",

@@ -82,6 +82,10 @@ class RunPaths:
         """Directory of the batch scripts, exactly as they were submitted."""
         return self.root / "sbatch"
 
+    def script(self, step: str) -> Path:
+        """The batch script of a step's newest job."""
+        return self.scripts / f"{step}.sbatch"
+
     @property
     def stop_request(self) -> Path:
         """Exists while somebody wants the run to stop for good, not to go on in another job."""

@@ -10,9 +10,11 @@ Owns which step is checked for what; the checks are those that the steps themsel
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from miles.config.load import dump_resolved, load_resolved
 from miles.config.schema import DataSection, EvalStep, ModelSection, RlStep, RunConfig, SftStep
@@ -37,6 +39,30 @@ def check_inputs(config: RunConfig, paths: RunPaths, names: Iterable[str]) -> No
         (Path(directory) / "run.toml").write_text(dump_resolved(config), encoding="utf-8")
         arguments = ["--run-dir", str(paths.root), "--config", directory, "--steps", *wanted]
         run_child("miles.workflow.preflight", arguments, "the check of prompts, models and graders")
+
+
+def check_all_inputs(runs: Iterable[tuple[RunConfig, RunPaths, Sequence[str]]]) -> None:
+    """Check the inputs of the named steps of several runs; runs that read the same are looked at once.
+
+    Raises DataError with the first run's problems.
+    """
+    seen: set[str] = set()
+    for config, paths, names in runs:
+        wanted = [name for name in names if has_own_inputs(config, name)]
+        read = json.dumps([_what_is_read(config, name) for name in wanted])
+        if wanted and read not in seen:
+            check_inputs(config, paths, wanted)
+            seen.add(read)
+
+
+def _what_is_read(config: RunConfig, name: str) -> list[Any]:
+    """All that the check of one step depends on."""
+    step = config.steps[name]
+    assert isinstance(step, CheckedStep)
+    model = first_model(step, config)
+    read = {"kind", "model", "data", "rewards", "rollout", "engine", "eval"}
+    longest = None if isinstance(step, EvalStep) else step.train.max_tokens_per_micro_batch
+    return [name, step.model_dump(mode="json", include=read), model and model.model_dump(mode="json"), longest]
 
 
 def has_own_inputs(config: RunConfig, name: str) -> bool:

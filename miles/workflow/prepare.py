@@ -15,11 +15,11 @@ from miles.config.overrides import spread_override
 from miles.config.schema import ReportStep, RlStep, RunConfig, SftStep
 from miles.reports.html import check_report
 from miles.runs.claim import refuse_if_held
-from miles.runs.directory import check_config, create_run, open_run, run_directory, set_aside
+from miles.runs.directory import check_config, create_run, run_directory, set_aside
 from miles.runs.paths import RunPaths
 from miles.runs.trackers import check_trackers
 from miles.workflow.plan import PlannedStep, plan_run
-from miles.workflow.preflight import check_inputs
+from miles.workflow.preflight import check_all_inputs
 from miles.workflow.stage import refuse_changed_inputs
 
 
@@ -36,41 +36,52 @@ class Prepared:
     """What changed in the config of a run that existed."""
 
 
+def refuse_any_held(runs: Sequence[RunPaths]) -> None:
+    """Raise RunError when a live process drives one of the runs."""
+    for paths in runs:
+        refuse_if_held(paths)
+
+
 def prepare_run(
-    file: Path, overrides: Sequence[str], *, fresh: bool, refuse_if_busy: Callable[[RunPaths], None] = refuse_if_held
+    file: Path,
+    overrides: Sequence[str],
+    *,
+    fresh: bool,
+    refuse_if_busy: Callable[[Sequence[RunPaths]], None] = refuse_any_held,
 ) -> Prepared:
-    """Load a run file and create or open its run directory, after everything that can be checked at once.
+    """Load a run file and create or open its run directory, as `prepare_runs` does."""
+    (prepared,) = prepare_runs([load_run(file, overrides)], fresh=fresh, refuse_if_busy=refuse_if_busy)
+    return prepared
 
-    `refuse_if_busy` raises RunError for a run that exists and goes on somewhere.
 
-    Raises ConfigError, DataError, and RunError when the run is in use, differs from the file, or cannot be written.
+def prepare_runs(
+    configs: Sequence[RunConfig],
+    *,
+    fresh: bool,
+    refuse_if_busy: Callable[[Sequence[RunPaths]], None] = refuse_any_held,
+) -> list[Prepared]:
+    """Create or open the directories of some runs, after everything that can be checked of all of them.
+
+    `fresh`: set those that exist aside. `refuse_if_busy` gets the runs that exist, and raises RunError when one of them
+    goes on somewhere.
+
+    Raises ConfigError, DataError, and RunError when a run is in use, differs from its config, or cannot be written.
     """
-    config = load_run(file, overrides)
-    paths = run_directory(config)
-    exists = paths.root.exists()
-    if exists:
-        refuse_if_busy(paths)
-    if exists and not fresh:
-        return _open(config, paths)
-    _check_packages(config)
-    check_inputs(config, paths, config.steps)
-    aside = set_aside(paths) if exists else None
-    create_run(config)
-    return Prepared(paths, plan_run(config, paths), aside)
+    runs = [run_directory(config) for config in configs]
+    refuse_if_busy([paths for paths in runs if paths.root.exists()])
+    checked = [_check(config, paths, fresh) for config, paths in zip(configs, runs, strict=True)]
+    check_all_inputs([(one.config, one.paths, one.steps) for one in checked])
+    return [_make(one) for one in checked]
 
 
-def preview_run(file: Path, overrides: Sequence[str]) -> tuple[RunConfig, RunPaths]:
-    """What `prepare_run` would start from, with its checks, without writing anything.
+def preview_runs(configs: Sequence[RunConfig]) -> list[RunPaths]:
+    """Where `prepare_runs` would create or open the runs, with its checks, without writing anything.
 
-    Raises what `prepare_run` raises, but for what only writing can find.
+    Raises what `prepare_runs` raises, but for what only writing can find and for runs in use.
     """
-    config = load_run(file, overrides)
-    paths = run_directory(config)
-    if paths.root.exists():
-        check_config(paths, config)
-    _check_packages(config)
-    check_inputs(config, paths, [planned.name for planned in plan_run(config, paths) if planned.done is None])
-    return config, paths
+    checked = [_check(config, run_directory(config), fresh=False) for config in configs]
+    check_all_inputs([(one.config, one.paths, one.steps) for one in checked])
+    return [one.paths for one in checked]
 
 
 def prepare_resume(paths: RunPaths, overrides: Sequence[str] = ()) -> Prepared:
@@ -79,7 +90,9 @@ def prepare_resume(paths: RunPaths, overrides: Sequence[str] = ()) -> Prepared:
     Raises what `prepare_run` raises.
     """
     refuse_if_held(paths)
-    return _open(config_with(paths, overrides), paths)
+    checked = _check(config_with(paths, overrides), paths, fresh=False)
+    check_all_inputs([(checked.config, checked.paths, checked.steps)])
+    return _make(checked)
 
 
 def config_with(paths: RunPaths, overrides: Sequence[str]) -> RunConfig:
@@ -90,16 +103,40 @@ def config_with(paths: RunPaths, overrides: Sequence[str]) -> RunConfig:
     return load_run(paths.config, [inner for argument in overrides for inner in spread_override(argument, config)])
 
 
-def _open(config: RunConfig, paths: RunPaths) -> Prepared:
-    """An existing run, with this config taken over where it differs."""
+@dataclass(frozen=True, slots=True)
+class _Checked:
+    """A run whose directory may be made or opened."""
+
+    config: RunConfig
+    paths: RunPaths
+    steps: list[str]
+    """Those that will run."""
+    aside: bool
+    """Whether a run of this name is set aside before."""
+    changes: list[Change] = field(default_factory=list)
+
+
+def _check(config: RunConfig, paths: RunPaths, fresh: bool) -> _Checked:
+    """Everything that can be said against a run before its inputs are read."""
+    exists = paths.root.exists()
+    if fresh or not exists:
+        _check_packages(config)
+        return _Checked(config, paths, list(config.steps), aside=exists)
     changes = check_config(paths, config)
     _check_packages(config)
     to_do = [planned for planned in plan_run(config, paths) if planned.done is None]
     for planned in to_do:
         refuse_changed_inputs(paths, planned)
-    check_inputs(config, paths, [planned.name for planned in to_do])
-    open_run(paths, config)
-    return Prepared(paths, to_do, changes=changes)
+    return _Checked(config, paths, [planned.name for planned in to_do], aside=False, changes=changes)
+
+
+def _make(checked: _Checked) -> Prepared:
+    """The directory of a run, new or opened, with its config taken over where it differs."""
+    config, paths = checked.config, checked.paths
+    aside = set_aside(paths) if checked.aside else None
+    create_run(config)
+    to_do = [planned for planned in plan_run(config, paths) if planned.done is None]
+    return Prepared(paths, to_do, aside, checked.changes)
 
 
 def _check_packages(config: RunConfig) -> None:

@@ -70,9 +70,12 @@ class Slurm:
 
     # Jobs
 
-    def submit(self, script: Path) -> int:
-        """Submit a batch script; the id of its job. The script decides alone: variables of sbatch have no effect."""
-        output = self._run("sbatch", "--parsable", str(script), changes=True)
+    def submit(self, script: Path, *, hold: bool = False) -> int:
+        """Submit a batch script; the id of its job. The script decides alone: variables of sbatch have no effect.
+
+        `hold`: it does not begin before `release`.
+        """
+        output = self._run("sbatch", "--parsable", *["--hold"] * hold, str(script), changes=True)
         number = output.strip().splitlines()[-1].split(";")[0] if output.strip() else ""
         if not number.isdecimal():
             raise SlurmError(
@@ -80,6 +83,10 @@ class Slurm:
                 fix="`squeue --me` shows whether it was submitted",
             )
         return int(number)
+
+    def release(self, job: int) -> None:
+        """Let a job that is held begin."""
+        self._run("scontrol", "release", str(job))
 
     def test_only(self, script: Path) -> str:
         """When and where Slurm would start this script now: `2026-11-23 03:30:49 using 2 processors on nodes ...`."""

@@ -1,6 +1,6 @@
-"""Writing a job down: `JobSpec` in, the text of its batch script out.
+"""Writing a job down: `JobSpec` or `ArraySpec` in, the text of its batch script out.
 
-Owns which options of sbatch a job gets and how values are quoted; what the script does is in `sbatch/job.sbatch.j2`.
+Owns which options of sbatch a job gets and how values are quoted; what the scripts do is in `sbatch/*.sbatch.j2`.
 A value of the run file can neither be executed nor become an option, except slurm.setup, which is shell by its purpose.
 """
 
@@ -18,7 +18,7 @@ from jinja2 import Environment, StrictUndefined, TemplateError, TemplateSyntaxEr
 
 import miles
 from miles.cluster.containers import source_tree
-from miles.cluster.slurm.spec import JobSpec
+from miles.cluster.slurm.spec import ArraySpec, JobSpec
 from miles.config.problems import shown
 from miles.config.slurm_options import extra_problems, has_control_characters
 from miles.errors import ConfigError
@@ -31,7 +31,7 @@ PASSED_ENVIRONMENT = (
 )
 """What a job gets of the environment of `miles submit`, besides the secrets and what Slurm itself needs."""
 
-_OWN = "sbatch/job.sbatch.j2"
+_JOB, _ARRAY = "job.sbatch.j2", "array.sbatch.j2"
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -44,9 +44,42 @@ def render_job(spec: JobSpec, template: str | None = None) -> str:
         ConfigError: a value that cannot be written into a script, an option that cannot be passed on, or a template
             that is missing, is no Jinja2, or uses a variable that there is not.
     """
-    name = spec.section.template or _OWN
-    text = _read_template(spec.section.template) if template is None else template
-    variables = _variables(spec)
+    own = spec.section.template
+    text = template if template is not None else _read_own(_JOB) if own is None else _read_template(own)
+    return _fill(own or f"sbatch/{_JOB}", text, _variables(spec))
+
+
+def render_array(spec: ArraySpec) -> str:
+    """The batch script of a job array, whose elements run the scripts that lie in the directories of their runs.
+
+    Raises ConfigError as `render_job` does. A template of the user's is no matter here.
+    """
+    job = spec.job
+    before, _, after = job.output.name.rpartition("%j")
+    assert after == ".out", f"the template names the output {before}NUMBER.out, not {job.output.name}"
+    variables: dict[str, object] = {
+        "options": [*_options(job), f"--array={_indices(spec)}"],
+        "members": {index: _for_shell("a run directory", str(run_dir)) for index, run_dir in spec.members.items()},
+        "output_dir": _for_shell("the directory of the output", str(job.output.parent)),
+        "log": _for_shell("the name of the step", before),
+        "script": _for_shell("the name of the step", RunPaths(job.run_dir).script(job.step).name),
+    }
+    return _fill(f"sbatch/{_ARRAY}", _read_own(_ARRAY), variables)
+
+
+def _indices(spec: ArraySpec) -> str:
+    """`0-2,5%2`."""
+    ranges: list[list[int]] = []
+    for index in sorted(spec.members):
+        if ranges and index == ranges[-1][-1] + 1:
+            ranges[-1] = [ranges[-1][0], index]
+        else:
+            ranges.append([index])
+    text = ",".join("-".join(map(str, part)) for part in ranges)
+    return text if spec.at_once is None else f"{text}%{spec.at_once}"
+
+
+def _fill(name: str, text: str, variables: dict[str, object]) -> str:
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, trim_blocks=True)
     environment.filters["sh"] = _sh
     try:
@@ -93,12 +126,14 @@ def _variables(spec: JobSpec) -> dict[str, object]:
     }
 
 
-def _read_template(path: str | None) -> str:
-    if path is None:
-        # `sbatch/` of a checkout is the package `miles.sbatch` once it is installed.
-        source = source_tree()
-        own = source / "sbatch" if source is not None else Path(miles.__file__).parent / "sbatch"
-        return (own / "job.sbatch.j2").read_text(encoding="utf-8")
+def _read_own(name: str) -> str:
+    # `sbatch/` of a checkout is the package `miles.sbatch` once it is installed.
+    source = source_tree()
+    own = source / "sbatch" if source is not None else Path(miles.__file__).parent / "sbatch"
+    return (own / name).read_text(encoding="utf-8")
+
+
+def _read_template(path: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except OSError as error:

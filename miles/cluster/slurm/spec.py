@@ -1,4 +1,4 @@
-"""One Slurm job of a run as plain values, from the resolved config: all that its batch script says.
+"""One Slurm job of a run, or an array of them, as plain values from the resolved config: all that its script says.
 
 Owns what a step's job asks for, starts and passes on. How that is written down belongs to `miles.cluster.slurm.render`,
 in which order jobs are submitted to `miles.cluster.slurm.submit`.
@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from miles.cluster.containers import container_command, source_tree
 from miles.config.cluster import SlurmSection
 from miles.config.schema import EvalStep, RlStep, RunConfig, SftStep
+from miles.errors import ConfigError
 from miles.runs.paths import RunPaths
 from miles.workflow.fingerprint import user_paths
 
@@ -46,6 +48,43 @@ class JobSpec:
     """Number of nodes, or a range of it."""
     dependency: str | None
     """Jobs to wait for, in sbatch's words."""
+
+
+@dataclass(frozen=True, slots=True)
+class ArraySpec:
+    """The jobs of one step of several runs, as one job array."""
+
+    job: JobSpec
+    """What every element asks for, under the array's own name, output and dependency."""
+    members: dict[int, Path]
+    """Run directories by the index of their element. Each holds the script that the element runs."""
+    at_once: int | None
+    """Elements that may run at the same time; None: all."""
+
+
+def array_spec(
+    name: str, directory: Path, jobs: Mapping[int, JobSpec], *, at_once: int | None, dependency: str | None
+) -> ArraySpec:
+    """The array of one step's jobs, called after the sweep, with its output in a directory of the sweep's.
+
+    Raises ConfigError where the jobs do not all ask for the same.
+    """
+    first, *others = jobs.values()
+    for other in others:
+        _refuse_difference(first, other)
+    job = replace(first, run=name, output=directory / first.output.name, dependency=dependency)
+    return ArraySpec(job, {index: job.run_dir for index, job in jobs.items()}, at_once)
+
+
+def _refuse_difference(one: JobSpec, other: JobSpec) -> None:
+    keys = [key for key in SlurmSection.model_fields if getattr(one.section, key) != getattr(other.section, key)]
+    names = [f"slurm.{key}" for key in keys] + ["kind"] * (one.needs_ranks is not other.needs_ranks)
+    if names:
+        raise ConfigError(
+            f"step '{one.step}': {names[0]} differs between the runs '{one.run}' and '{other.run}'; the elements of a "
+            "job array all ask for the same",
+            fix="submit these runs one by one",
+        )
 
 
 def job_spec(config: RunConfig, step: str, paths: RunPaths, *, dependency: str | None) -> JobSpec:

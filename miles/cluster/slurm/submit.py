@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from miles.cluster.slurm.commands import Slurm
 from miles.cluster.slurm.jobs import JobKind, JobRecord, append_job, read_jobs
-from miles.cluster.slurm.queue import ask
+from miles.cluster.slurm.queue import SubmittedJob, ask_all
 from miles.cluster.slurm.render import check_script, render_job
 from miles.cluster.slurm.spec import job_spec
 from miles.cluster.slurm.states import JobId
@@ -38,11 +38,14 @@ class PlannedJob:
     after_end: int | None
     """The job before it, however it ends: one process drives a run at a time."""
 
-    def dependency(self, jobs: Sequence[int]) -> str | None:
-        """The dependency as sbatch takes it, from the ids of the jobs before it in the plan."""
+    def dependency(self, jobs: Sequence[int], *, success: str = "afterok") -> str | None:
+        """The dependency as sbatch takes it, from the ids of the jobs before it in the plan.
+
+        `success`: its word for jobs that must have ended well.
+        """
         conditions = []
         if self.after_success:
-            conditions.append("afterok:" + ":".join(str(jobs[position]) for position in self.after_success))
+            conditions.append(f"{success}:" + ":".join(str(jobs[position]) for position in self.after_success))
         if self.after_end is not None and self.after_end not in self.after_success:
             conditions.append(f"afterany:{jobs[self.after_end]}")
         return ",".join(conditions) or None
@@ -90,8 +93,8 @@ def submit_run(paths: RunPaths, slurm: Slurm) -> list[JobRecord]:
         records.append(_submit(paths, slurm, config, job, kind, records))
 
     # The claim keeps a second submit out until the first job is on record; the job itself begins after that.
-    with Claim.acquire(paths, live_jobs=live_ids(paths, slurm)):
-        refuse_live_jobs(paths, slurm)
+    with Claim.acquire(paths, live_jobs=live_ids([paths], slurm)):
+        refuse_live_jobs([paths], slurm)
         paths.stop_request.unlink(missing_ok=True)
         with disk_errors(paths.scripts):
             paths.scripts.mkdir(exist_ok=True)
@@ -102,31 +105,35 @@ def submit_run(paths: RunPaths, slurm: Slurm) -> list[JobRecord]:
     return records
 
 
-def live_ids(paths: RunPaths, slurm: Slurm) -> frozenset[int]:
-    """Numbers of the jobs that have not ended, of those on the run's record and the one that holds it."""
-    holder = current_holder(paths)
-    ids: set[JobId] = {record.id for record in read_jobs(paths)}
-    if holder is not None and holder.job is not None:
-        ids.add(holder.job)
+def live_ids(runs: Sequence[RunPaths], slurm: Slurm) -> frozenset[int]:
+    """Numbers of the jobs that have not ended, of those on the runs' records and those that hold the runs."""
+    ids: set[JobId] = {record.id for paths in runs for record in read_jobs(paths)}
+    holders = map(current_holder, runs)
+    ids |= {holder.job for holder in holders if holder is not None and holder.job is not None}
     return frozenset(job.id for job in slurm.jobs(ids).values() if job.state.live) if ids else frozenset()
 
 
-def refuse_live_jobs(paths: RunPaths, slurm: Slurm) -> None:
-    """Raise RunError when jobs of the run wait or run."""
-    live = ask(paths, slurm).live
-    if not live:
+def refuse_live_jobs(runs: Sequence[RunPaths], slurm: Slurm) -> None:
+    """Raise RunError when jobs of one of the runs wait or run."""
+    busy = {paths.root.name: queue.live for paths, queue in zip(runs, ask_all(runs, slurm), strict=True) if queue.live}
+    if not busy:
         return
     lines = []
-    for submitted in live:
-        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(submitted.record.time))
-        assert submitted.job is not None
-        reason = f", {submitted.job.reason}" if submitted.waiting and submitted.job.reason else ""
-        lines.append(f"  {submitted}: {submitted.job.state.value}{reason}, submitted {since}")
-    name = paths.root.name
+    for name, live in busy.items():
+        lines.append(f"run '{name}' is on Slurm already:")
+        lines += [f"  {_since(submitted)}" for submitted in live]
+    name = next(iter(busy))
     raise RunError(
-        "\n".join([f"run '{name}' is on Slurm already:", *lines]),
-        fix=f"`miles watch {name}` shows it, `miles stop {name}` ends it with everything saved",
+        "\n".join(lines), fix=f"`miles watch {name}` shows it, `miles stop {name}` ends it with everything saved"
     )
+
+
+def _since(submitted: SubmittedJob) -> str:
+    """A live job with its state, and when it was submitted."""
+    assert submitted.job is not None
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(submitted.record.time))
+    reason = f", {submitted.job.reason}" if submitted.waiting and submitted.job.reason else ""
+    return f"{submitted}: {submitted.job.state.value}{reason}, submitted {since}"
 
 
 def _submit(
@@ -135,20 +142,24 @@ def _submit(
     """Write the script of one job, hand it over, record it."""
     step, dependency = planned.step, planned.dependency([record.job for record in before])
     spec = job_spec(config, step, paths, dependency=dependency)
-    script = paths.scripts / f"{step}.sbatch"
+    script = paths.script(step)
     try:
         write_atomic(script, render_job(spec), mode=0o600)
         job = slurm.submit(script)
     except MilesError as error:
         if not before:
             raise
-        names = ", ".join(f"{record.job} ({record.step})" for record in before)
         name = paths.root.name
-        raise type(error)(
-            f"{error.message}\nthe jobs before it are submitted and go on: {names}",
-            fix=f"{error.fix or 'see the message'}; then, when these jobs have ended, `miles resume {name}` submits "
-            f"the rest; `miles stop {name}` ends them",
-        ) from error
+        rest = f"`miles resume {name}` submits the rest; `miles stop {name}` ends them"
+        raise partly_submitted(error, [f"{record.job} ({record.step})" for record in before], rest) from error
     record = JobRecord(step, job, kind, str(script), time.time(), dependency)
     append_job(paths, record)
     return record
+
+
+def partly_submitted(error: MilesError, jobs: Sequence[str], rest: str) -> MilesError:
+    """An error of one submission that names the jobs before it. `rest`: how the others are submitted later."""
+    return type(error)(
+        f"{error.message}\nthe jobs before it are submitted and go on: {', '.join(jobs)}",
+        fix=f"{error.fix or 'see the message'}; then, when these jobs have ended, {rest}",
+    )
