@@ -63,7 +63,7 @@ from tests.slurm.torment import (  # noqa: E402
 from tests.slurm.user import User, curve_distance, unsound  # noqa: E402
 
 NODES = 2
-ROUNDS = 4
+ROUNDS = 3
 """Interruptions of each kind, where they are measured."""
 Record = dict[str, Any]
 
