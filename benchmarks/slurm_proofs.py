@@ -262,7 +262,13 @@ def one_old_attempt(user: User, name: str, *, frozen: bool) -> Record:
     output = paths.slurm_log(STAGE, old.place.job)
     own = (f"logs/attempt-{old.number:03d}/", f"logs/{output.name}", f"allocations/{old.place.job}-0.json", "claims/")
     findings += [f"the old attempt changed {file}" for file in changed if not file.startswith(own)]
-    words = [line for line in output.read_text(errors="replace").splitlines() if "a newer attempt drives run" in line]
+    logs = [output, *sorted(paths.logs(old.number).glob("*.log"))]
+    words = [
+        f"{log.name}: {line}"
+        for log in logs
+        for line in log.read_text(errors="replace").splitlines()
+        if "a newer attempt drives run" in line
+    ]
     if not words:
         findings.append("the old attempt does not say why it ended")
     for node in old.place.nodes:
@@ -322,9 +328,9 @@ def interrupt_all(user: User, name: str, kinds: list[Kind], dice: random.Random)
 
 SCENARIOS: dict[str, tuple[Callable[[Path, list[int], int], Record], int]] = {
     "tormented": (tormented, 120),
-    "elastic": (elastic, 40),
+    "elastic": (elastic, 30),
     "short-grace": (short_grace, 24),
-    "old-attempt": (old_attempt, 60),
+    "old-attempt": (old_attempt, 40),
     "timings": (timings, 4),
 }
 """Each with the steps of its run, so that everything happens before its end."""
