@@ -138,10 +138,10 @@ def submit_arrays(plan: ArrayPlan, slurm: Slurm) -> list[SubmittedArray]:
     runs = [member.paths for member in plan.members]
     before = {paths.root: {record.step for record in read_jobs(paths)} for paths in runs}
     submitted: list[SubmittedArray] = []
-    arrays: dict[Group, list[int]] = {group: [] for group in plan.groups}
+    arrays: dict[tuple[PlannedJob, ...], list[int]] = {group.jobs: [] for group in plan.groups}
 
     def submit(group: Group, job: PlannedJob, *, hold: bool = False) -> None:
-        dependency = job.dependency(arrays[group], success="aftercorr")
+        dependency = job.dependency(arrays[group.jobs], success="aftercorr")
         try:
             array = _submit(plan, group, job.step, dependency, slurm, hold=hold)
         except MilesError as error:
@@ -149,7 +149,7 @@ def submit_arrays(plan: ArrayPlan, slurm: Slurm) -> list[SubmittedArray]:
                 raise
             rest = "the same command submits the rest; `miles stop RUN` ends one of the runs"
             raise partly_submitted(error, [f"{one.array} ({one.step})" for one in submitted], rest) from error
-        arrays[group].append(array)
+        arrays[group.jobs].append(array)
         submitted.append(SubmittedArray(job.step, array, len(group.members), dependency))
         _record(group, submitted[-1], before)
 
@@ -171,8 +171,8 @@ def submit_arrays(plan: ArrayPlan, slurm: Slurm) -> list[SubmittedArray]:
                 submit(group, group.jobs[0], hold=True)
     finally:
         for group in plan.groups:
-            if arrays[group] and not group.held_by_user:
-                slurm.release(arrays[group][0])
+            if arrays[group.jobs] and not group.held_by_user:
+                slurm.release(arrays[group.jobs][0])
     for group in plan.groups:
         for job in group.jobs[1:]:
             submit(group, job)
