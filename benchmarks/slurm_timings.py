@@ -120,7 +120,7 @@ def _interrupt(user: User, job: int, kind: Kind) -> float | None:
             _wait(lambda: bed.show(job).get("PreemptTime", "None") != "None", POLL_SECONDS)
             asked = time.time()
         case Kind.KILL:
-            bed.run("scancel", "--signal=KILL", job)
+            bed.run("scancel", "--signal=KILL", f"{job}.0")  # to the whole job it would cancel it
             bed.run("scontrol", "requeue", job)
         case Kind.NODE:
             bed.set_down(stage_nodes(user, job)[-1])
