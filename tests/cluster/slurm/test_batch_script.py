@@ -105,6 +105,13 @@ def test_an_end_that_no_signal_explains_is_the_jobs(tmp_path: Path, code: int) -
     assert (ended, script.lines("requeues")) == (code, []), output
 
 
+def test_an_element_puts_back_itself_and_not_its_array(tmp_path: Path) -> None:
+    # The last element has the number of the whole array: `scontrol requeue 7` would start all of it again.
+    array = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}
+    _, output, script = run(spec(tmp_path, command=ends(75)), tmp_path, **array)
+    assert script.lines("requeues") == ["7_3"], output
+
+
 def test_work_that_is_not_done_goes_back_into_the_queue(tmp_path: Path) -> None:
     ended, output, script = run(spec(tmp_path, command=ends(75)), tmp_path)
     assert script.lines("requeues") == ["7"], output

@@ -1,0 +1,115 @@
+"""A sweep on a real Slurm: one job array for each step, every element a run of its own.
+
+Four runs, two at once: one is stopped while it waits, one is requeued (the element whose number as a job is that of the
+whole array), and the others must not notice. The requeued one must end with the bits of the same seed submitted alone.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from miles.cluster.slurm.jobs import JobKind, read_jobs
+from miles.runs.attempts import EndReason, read_attempts
+from slurm.testbed import Testbed
+from slurm.user import User, differences, unsound
+from tests.chaos.run import GRADER, STAGE
+
+pytestmark = pytest.mark.timeout(900)
+"""A minute on an idle machine, many on one that others share."""
+
+RUN = """
+name = "proof"
+runs_dir = "{directory}/runs"
+
+[train]
+backend = "fsdp"
+dtype = "float32"
+
+[local]
+threads = 1
+
+[steps.prepare]
+kind = "tiny-task"
+architecture = "qwen3-moe"
+hidden_size = 64
+train_prompts = 40
+heldout_prompts = 8
+
+[steps.grpo]
+kind = "rl"
+model = "step:prepare/model"
+data = "step:prepare/train.jsonl"
+rewards = [{{ grader = "{directory}/grader.py:grade" }}]
+
+[steps.grpo.rollout]
+prompts_per_step = 2
+group_size = 4
+max_response_tokens = 60
+
+[steps.grpo.train]
+steps = 3
+lr = 1e-3
+"""
+SWEEP = ("--sweep", "seed=0,1,2,3", "--at-once", "2")
+NAMES = [f"proof-seed-{seed}" for seed in range(4)]
+
+
+@pytest.fixture
+def user(slurm: Testbed, tmp_path: Path) -> User:
+    (tmp_path / "grader.py").write_text(GRADER)
+    (tmp_path / "run.toml").write_text(RUN.format(directory=tmp_path))
+    return User(tmp_path, slurm)
+
+
+def test_a_sweep_of_four_runs_one_stopped_and_one_requeued(user: User) -> None:
+    submit = ("submit", "run.toml", *SWEEP)
+    planned = user.miles(*submit, "--dry-run")
+    assert ", ".join(NAMES) in planned and "--array=0-3%2" in planned
+    assert not (user.directory / "runs").exists()
+    user.miles("submit", "run.toml", "--set", 'name="alone"', "--set", "seed=3")
+    user.miles(*submit)
+    first, second = arrays = [record.job for record in read_jobs(user.run(NAMES[0]))]
+    for index, name in enumerate(NAMES):
+        assert [str(record.id) for record in read_jobs(user.run(name))] == [f"{array}_{index}" for array in arrays]
+
+    # Submitted twice: refused, run by run, and nothing is changed.
+    again = user.miles(*submit, code=4)
+    assert all(f"run '{name}' is on Slurm already" in again for name in NAMES)
+    assert f"job {second}_2 (step {STAGE}): PENDING, Dependency" in again
+    assert [record.job for record in read_jobs(user.run(NAMES[0]))] == arrays
+
+    # One that waits is told as such; it is stopped, and the others are not.
+    assert user.status(NAMES[2])["state"] == "queued"
+    assert f"job {first}_2 of step 'prepare' waits" in user.miles("explain", NAMES[2])
+    assert f"job {first}_2 (step prepare), job {second}_2 (step {STAGE})" in user.miles("stop", NAMES[2])
+    assert user.status(NAMES[2])["state"] == "pending"
+    assert all(user.status(name)["cluster"]["jobs"][-1]["live"] for name in (NAMES[0], NAMES[1], NAMES[3]))
+
+    # The last element has the array's own number: a command that took it would be about all of them.
+    user.until_step(1, NAMES[3])
+    status = user.status(NAMES[3])
+    assert status["holder"]["job"] == status["cluster"]["jobs"][-1]["job"] == second
+    assert f"{second}_3" in user.miles("runs")
+    user.miles("preempt", NAMES[3], "--grace", "60")
+    for name in (NAMES[0], NAMES[1], NAMES[3], "alone"):
+        user.until_state("done", name)
+    assert user.reasons(NAMES[3]) == [EndReason.PREEMPTED, EndReason.FINISHED]
+    for name in (NAMES[0], NAMES[1]):
+        assert [attempt.reason for attempt in read_attempts(user.run(name))] == [EndReason.FINISHED] * 2
+    assert differences(user.run(NAMES[3]), user.run("alone")) == []
+    assert differences(user.run(NAMES[0]), user.run("alone")) != [], "another seed is another run"
+    for name in (NAMES[0], NAMES[1], NAMES[3]):
+        assert unsound(user.run(name)) == []
+    log = user.miles("logs", NAMES[3], "--role", "job")
+    assert f"slurm-{STAGE}-{second}.out" in log and "requeue" in log.lower()
+
+    # The same command again submits what is left, which is one run.
+    assert "of 1 run" in user.miles(*submit)
+    assert [record.kind for record in read_jobs(user.run(NAMES[2]))] == [JobKind.FIRST] * 2 + [JobKind.RESUME] * 2
+    assert [len(read_jobs(user.run(name))) for name in NAMES] == [2, 2, 4, 2]
+    user.miles("stop", NAMES[2], "--now")
+    user.miles("resume", NAMES[2])
+    assert read_jobs(user.run(NAMES[2]))[-1].element is None
+    user.miles("stop", NAMES[2], "--now")
