@@ -63,8 +63,6 @@ from tests.slurm.torment import (  # noqa: E402
 from tests.slurm.user import User, curve_distance, unsound  # noqa: E402
 
 NODES = 2
-ROUNDS = 3
-"""Interruptions of each kind, where they are measured."""
 Record = dict[str, Any]
 
 
@@ -298,10 +296,10 @@ def timings(directory: Path, seeds: list[int], steps: int) -> Record:
     with cluster(directory, grace=20) as bed:
         user, document = undisturbed(directory, bed, steps)
         limit = (f'slurm.time="{SHORT_MINUTES}"', f"slurm.save_lead_minutes={LEAD_MINUTES}")
-        usual = interruptions(user, "usual", [Kind.TERM, Kind.KILL, Kind.NODE, Kind.REQUEUE] * ROUNDS, dice)
+        usual = interruptions(user, "usual", [Kind.TERM, Kind.KILL] * 3 + [Kind.NODE, Kind.REQUEUE] * 2, dice)
         limits = interruptions(user, "limits", [Kind.LIMIT] * 2, dice, *limit)
     with cluster(directory, name="user-signal", grace=20, send_user_signal=True) as bed:
-        warned = interruptions(User(user.directory, bed), "warned", [Kind.USR1] * ROUNDS, dice)
+        warned = interruptions(User(user.directory, bed), "warned", [Kind.USR1] * 3, dice)
     found = [*usual, *limits, *warned]
     tokens = round(statistics.mean(row.tokens for row in show_steps(user.run("usual"), STAGE) if row.decided))
     document |= {"flush_seconds": Case().flush_seconds, "kinds": summary(found, tokens)}
