@@ -63,6 +63,10 @@ class TrainerError(MilesError):
     exit_code = 6
 
 
+class RankLost(TrainerError):
+    """A trainer rank died and did not say of what."""
+
+
 class PortTaken(TrainerError):
     """Another program listens where the trainer ranks were to meet; they may meet elsewhere."""
 

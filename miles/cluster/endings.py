@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from miles.errors import EngineError, Interrupted, MilesError, TrainerError
+from miles.errors import EngineError, EngineLost, Interrupted, MilesError, RankLost, TrainerError
 from miles.runs.attempts import EndReason
 from miles.runs.paths import RunPaths
 
@@ -30,6 +30,12 @@ _WORDS = (
 step alone is cancelled, in the same words, by the first signal of a preemption."""
 
 
+_NO_MEMORY = re.compile(
+    r"OutOfMemoryError|\bMemoryError\b|std::bad_alloc|can't allocate memory|Cannot allocate memory|out of memory"
+)
+"""What Python, torch, CUDA, C++ and the C library say about it in the last lines of a process."""
+
+
 class EndedEarly(Interrupted):
     """The attempt ended for a reason that is no fault of the run's; it goes on in another."""
 
@@ -43,6 +49,8 @@ def end_reason(error: MilesError, *, engines_came_up: bool) -> EndReason:
     match error:
         case EndedEarly():
             return error.reason
+        case RankLost() | EngineLost() if _NO_MEMORY.search(error.message):
+            return EndReason.OUT_OF_MEMORY
         case Interrupted():
             return EndReason.STOPPED
         case EngineError():
@@ -51,6 +59,16 @@ def end_reason(error: MilesError, *, engines_came_up: bool) -> EndReason:
             return EndReason.TRAINER_CRASH
         case _:
             return EndReason.FAILED
+
+
+def may_pass(error: MilesError, reason: EndReason) -> bool:
+    """Whether the next attempt may get further although nothing is changed: with other nodes, or by chance.
+
+    A process that says what is wrong will say it again; so will an engine that has never come up.
+    """
+    if reason is EndReason.NODE_FAILURE:
+        return True
+    return isinstance(error, RankLost | EngineLost) and reason is not EndReason.ENGINE_START
 
 
 def why_signalled(*, stop_requested: bool, warned: bool, end: float | None, now: float, lead: float) -> EndReason:

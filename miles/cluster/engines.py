@@ -16,7 +16,7 @@ from miles.cluster.health import HealthWatch
 from miles.cluster.network import Network
 from miles.cluster.ports import choose_ports, is_free
 from miles.cluster.processes import Child, Command, Launcher, terminate
-from miles.errors import EngineError, MilesError
+from miles.errors import EngineError, EngineLost, MilesError
 from miles.runs.endpoints import Endpoint, write_endpoints
 from miles.workflow.kinds import Processes
 
@@ -88,9 +88,9 @@ class Engines:
         """Why an engine must be started again; None when it is well."""
         child, limits = engine.child, self._limits
         if child.exit_code() is not None:
-            return child.failure() or EngineError(child.death(), fix=child.whole_log())
+            return child.failure() or EngineLost(child.death(), fix=child.whole_log())
         if engine.ready and engine.silence > limits.hang_timeout:
-            return EngineError(
+            return EngineLost(
                 f"{child.name} (process {child.pid}) has not answered for {limits.hang_timeout:g} s\n"
                 f"{child.end_of_log()}",
                 fix="raise engine.hang_timeout if it was only busy",
@@ -110,7 +110,7 @@ class Engines:
         elif not engine.came_up or self._limits.max_restarts == 0:
             raise problem
         elif engine.restarts == self._limits.max_restarts:
-            raise EngineError(
+            raise type(problem)(
                 f"{engine.name} failed once more after {engine.restarts} restarts in this attempt "
                 f"(engine.max_restarts = {self._limits.max_restarts}): {problem.message}",
                 fix=problem.fix,

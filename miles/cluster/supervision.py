@@ -22,7 +22,7 @@ from miles.cluster.peers import Followers, Head
 from miles.cluster.ports import choose_ports
 from miles.cluster.processes import POLL_SECONDS, Child, Command, Launcher, terminate
 from miles.cluster.signals import StopSignal
-from miles.errors import Interrupted, MilesError, PortTaken, TrainerError
+from miles.errors import Interrupted, MilesError, PortTaken, RankLost
 from miles.runs.attempts import EndReason
 from miles.runs.claim import Fence
 from miles.runs.endpoints import ENGINES_VARIABLE
@@ -244,7 +244,7 @@ class Supervision:
             if report is not None:
                 failures.append(failure_of(rank.name, report))
             else:
-                kind = TrainerError if self._processes.role == "trainer" else MilesError
+                kind = RankLost if self._processes.role == "trainer" else MilesError
                 death = kind(rank.death(), fix=rank.whole_log())
                 failures.append(failure_of(rank.name, death, explained=False, killed=code < 0))
         return failures

@@ -13,7 +13,7 @@ import logging
 import time
 from pathlib import Path
 
-from miles.cluster.endings import EndedEarly, continues, end_reason
+from miles.cluster.endings import EndedEarly, continues, end_reason, may_pass
 from miles.cluster.jobs import InJob, Terms, close_killed
 from miles.cluster.launch import Launch, NodeReport
 from miles.cluster.network import ONE_NODE, Network
@@ -33,6 +33,8 @@ from miles.workflow.done import write_done
 from miles.workflow.kinds import Processes, processes_of
 from miles.workflow.plan import PlannedStep, plan_run
 from miles.workflow.stage import open_stage
+
+_CRASHES = (EndReason.ENGINE_CRASH, EndReason.TRAINER_CRASH, EndReason.OUT_OF_MEMORY, EndReason.NODE_FAILURE)
 
 log = logging.getLogger(__name__)
 
@@ -89,12 +91,15 @@ def supervise(
                 seen, reason = reason, job.true_reason(paths, planned.name, place, reason)
                 if seen is not reason and isinstance(error, EndedEarly):
                     detail = f"Slurm ended the job of step '{planned.name}': {reason}"
-            end_attempt(paths, attempt, reason, exit_code=error.exit_code, detail=detail)
-            if reason in (EndReason.ENGINE_CRASH, EndReason.TRAINER_CRASH):
+            if reason in _CRASHES:
                 error.fix = "; ".join(filter(None, [error.fix, continues(paths)]))
-            if reason is EndReason.NODE_FAILURE and not isinstance(error, Interrupted):
-                raise EndedEarly(error.message, reason, fix=continues(paths)) from error
-            raise
+            ended = error
+            if job is not None and not isinstance(error, Interrupted) and may_pass(error, reason):
+                ended = EndedEarly(error.message, reason, fix=error.fix)
+            end_attempt(paths, attempt, reason, exit_code=ended.exit_code, detail=detail)
+            if ended is error:
+                raise
+            raise ended from error
         except BaseException as error:
             fence.check()
             end_attempt(paths, attempt, EndReason.FAILED, exit_code=1, detail=f"{type(error).__name__}: {error}")

@@ -54,7 +54,7 @@ def preempt_run(
             return _end_after(slurm, job, grace, say)
         case Preemption.KILL:
             slurm.kill_processes(job.name)
-            _requeue(slurm, job, say)
+            return _end_after(slurm, job, grace, say)
         case Preemption.NODE:
             node = job.nodes[-1]
             slurm.set_down(node, reason="miles preempt")

@@ -118,6 +118,20 @@ def test_work_that_is_not_done_goes_back_into_the_queue(tmp_path: Path) -> None:
     assert ended == -signal.SIGTERM  # the requeue ended it
 
 
+@pytest.mark.parametrize(
+    ("code", "word", "ended"),
+    [(137, '{"exit_code": 4}', 4), (143, '{"exit_code": 0}', 0), (137, '{"step": "grpo"}', None)],
+)
+def test_the_word_of_the_head_counts_and_a_head_that_was_killed_in_an_attempt_comes_back(
+    tmp_path: Path, code: int, word: str, ended: int | None
+) -> None:
+    (tmp_path / "allocations").mkdir()
+    (tmp_path / "allocations" / "7-0.json").write_text(word + "\n")
+    job_code, output, script = run(spec(tmp_path, command=ends(code)), tmp_path)
+    assert script.lines("requeues") == (["7"] if ended is None else []), output
+    assert ended in (None, job_code)
+
+
 @pytest.mark.parametrize("code", [138, 140, 143])
 def test_supervisors_that_were_ended_before_they_could_listen_have_not_done_the_work(tmp_path: Path, code: int) -> None:
     _, output, script = run(spec(tmp_path, command=ends(code)), tmp_path)
