@@ -143,7 +143,7 @@ def _create(paths: RunPaths, config: RunConfig, min_free_bytes: int, fill: Calla
         _check_free(parent, min_free_bytes)
         draft = RunPaths(parent / f".{config.name}.{os.getpid()}.{time.time_ns()}.tmp")
         try:
-            draft.root.mkdir()
+            draft.root.mkdir(mode=0o700)
             for directory in (draft.steps, draft.samples, draft.all_logs, draft.claims):
                 directory.mkdir()
             draft.secrets.mkdir(mode=0o700)

@@ -24,7 +24,7 @@ def test_new_run_has_its_config_and_a_private_token(tmp_path: Path) -> None:
     paths = create_run(config)
     assert paths.root == tmp_path / "runs/demo"
     assert load_resolved(paths.root) == config
-    assert paths.secrets.stat().st_mode & 0o777 == 0o700
+    assert paths.root.stat().st_mode & 0o777 == paths.secrets.stat().st_mode & 0o777 == 0o700
     assert paths.engine_token.stat().st_mode & 0o777 == 0o600
     assert len(paths.engine_token.read_text().strip()) >= 32
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["demo"]

@@ -50,7 +50,6 @@ def job(
         command=(sys.executable, "-c", NODE, str(directory), str(restarts), *words),
         needs_ranks=True,
         environment={"GIVEN": "a 'b' $(c)"},
-        secrets=("HF_TOKEN",),
         output=directory / "logs" / "slurm-grpo-%j.out",
         nodes=nodes,
         dependency=None,

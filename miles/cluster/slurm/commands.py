@@ -10,10 +10,11 @@ import re
 import shlex
 import subprocess
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from miles.cluster.slurm.environment import command_environment, job_environment
 from miles.cluster.slurm.site import NodeGroup, Partition, parse_config, parse_node_groups, parse_partition
 from miles.cluster.slurm.states import (
     SACCT_FORMAT,
@@ -27,8 +28,6 @@ from miles.cluster.slurm.states import (
 )
 from miles.errors import RunError
 
-FOREIGN = ("SBATCH_", "SQUEUE_", "SINFO_", "SACCT_", "SCANCEL_", "SCONTROL_", "SLURM_JOB", "SLURM_STEP", "SLURM_TASK")
-"""Prefixes of variables that would change what a command does or prints: those of its options, and those of a job."""
 MAX_IDS = 500
 """Ids in one command line."""
 _RETRY_SECONDS = 2.0
@@ -71,7 +70,8 @@ class Slurm:
     # Jobs
 
     def submit(self, script: Path, *, hold: bool = False) -> int:
-        """Submit a batch script; the id of its job. The script decides alone: variables of sbatch have no effect.
+        """Submit a batch script; the id of its job. Variables of sbatch have no effect; what the job gets of this
+        process's environment is in `miles.cluster.slurm.environment`.
 
         `hold`: it does not begin before `release`.
         """
@@ -206,7 +206,7 @@ class Slurm:
         try:
             done = subprocess.run(
                 command,
-                env=command_environment(os.environ),
+                env=job_environment(os.environ) if changes else command_environment(os.environ),
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,
@@ -232,12 +232,6 @@ class Slurm:
 
 
 _AFTER_SUBMISSION = "it may have been submitted all the same: look at `squeue --me` before you try again"
-
-
-def command_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a command: without what would change its options or its output; times in Unix seconds."""
-    kept = {name: value for name, value in environment.items() if not name.startswith(FOREIGN)}
-    return kept | {"SLURM_TIME_FORMAT": "%s", "LC_ALL": "C"}
 
 
 _REMEDIES = (

@@ -24,13 +24,6 @@ from miles.config.slurm_options import extra_problems, has_control_characters
 from miles.errors import ConfigError
 from miles.runs.paths import RunPaths
 
-PASSED_ENVIRONMENT = (
-    *("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH", "MODULEPATH"),
-    *("VIRTUAL_ENV", "CONDA_PREFIX", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"),
-    *("WANDB_MODE", "WANDB_BASE_URL", "http_proxy", "https_proxy", "no_proxy", "SSL_CERT_FILE", "MILES_NODE_ADDRESS"),
-)
-"""What a job gets of the environment of `miles submit`, besides the secrets and what Slurm itself needs."""
-
 _JOB, _ARRAY = "job.sbatch.j2", "array.sbatch.j2"
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -170,7 +163,7 @@ def _options(spec: JobSpec) -> Iterator[str]:
     yield f"--signal=B:USR1@{math.ceil(section.save_lead_minutes * 60)}"
     yield _option("output", _output_pattern(spec), key="runs_dir")
     yield "--open-mode=append"
-    yield _option("export", ",".join(map(_variable, (*PASSED_ENVIRONMENT, *spec.secrets))), key="the environment")
+    yield "--export=ALL"  # of what sbatch gets: miles.cluster.slurm.environment
     for _, message, fix in extra_problems(section.extra):
         raise ConfigError(message, fix=fix)
     for name, given in section.extra.items():

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from miles.cluster.containers import container_command, source_tree
+from miles.cluster.slurm.environment import SECRETS
 from miles.config.cluster import SlurmSection
 from miles.config.schema import EvalStep, RlStep, RunConfig, SftStep
 from miles.errors import ConfigError
@@ -21,9 +22,6 @@ from miles.workflow.fingerprint import user_paths
 
 NODE_MODULE = "miles.cluster.node"
 """What runs on every node of a job."""
-
-SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
-"""Variables that reach the job from the environment of `miles submit`, by name: no file of a run holds their values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +38,6 @@ class JobSpec:
     """Whether the step has trainer ranks or engines; a job without them gets one node and no GPU."""
     environment: dict[str, str]
     """Variables that the script sets."""
-    secrets: tuple[str, ...]
-    """Variables that come from the environment of `miles submit`; only their names are written down."""
     output: Path
     """Output of the job; `%j` stands for its id."""
     nodes: str
@@ -112,7 +108,6 @@ def job_spec(config: RunConfig, step: str, paths: RunPaths, *, dependency: str |
         command=(*prefix, python, "-m", NODE_MODULE, "--run-dir", str(paths.root), "--step", step),
         needs_ranks=needs_ranks,
         environment={} if contained else _python_path(),
-        secrets=SECRETS,
         output=paths.slurm_log(step, "%j"),
         nodes=str(section.nodes) if needs_ranks else "1",
         dependency=dependency,

@@ -23,7 +23,6 @@ SPEC = JobSpec(
     command=("/env/bin/python", "-m", "miles.cluster.node", "--run-dir", "/shared/runs/demo", "--step", "grpo"),
     needs_ranks=True,
     environment={"PYTHONPATH": "/shared/miles"},
-    secrets=("HF_TOKEN", "WANDB_API_KEY"),
     output=Path("/shared/runs/demo/logs/slurm-grpo-%j.out"),
     nodes="1",
     dependency=None,

@@ -178,7 +178,6 @@ def test_nothing_of_a_value_is_executed(words: list[str], value: str, directory:
         ({"extra": {"hold": "yes"}}, "--hold takes no value", "hold = true"),
         ({"extra": {"hold": False}}, "options are not switched off", "leave it out"),
         ({"environment": {"A B": "x"}}, '"A B" is not the name of an environment variable', "letters"),
-        ({"secrets": ("X=1",)}, '"X=1" is not the name of an environment variable', "letters"),
         ({"command": ("a\0b",)}, "the command: ", "remove it"),
         ({"setup": ["echo \x1b"]}, "slurm.setup: a control character", "plain"),
     ],
