@@ -55,6 +55,7 @@ WAITS = {
     "Resources": "it is the next one, when enough nodes are free",
     "Dependency": "the job before it has not ended",
     "DependencyNeverSatisfied": "a job that it needs has failed: it will never run",
+    "JobArrayTaskLimit": "as many runs of its sweep run as may (--at-once)",
     "BeginTime": "Slurm waits a little before it starts a job again",
     "JobHeldUser": "somebody holds it: `scontrol release JOB`",
     "JobHeldAdmin": "an administrator holds it",
