@@ -17,14 +17,15 @@ TICK_SECONDS = 90.0
 CLOCK_SECONDS = 5.0
 """How far Slurm's clock and the time left, which it tells in seconds, may be off."""
 
-_SLURM = re.compile(r"^(slurmstepd|srun|slurmd)(-\S+)?: ", re.MULTILINE)
+_SLURM = re.compile(r"^((slurmstepd|srun|slurmd)(-\S+)?: |\[[-\d]+T[\d:.]+\] )")
+"""Before 26.05 a line of slurmstepd begins with its name, since then with the time in brackets."""
 _WORDS = (
     (EndReason.NODE_FAILURE, re.compile(r"DUE TO NODE FAILURE|Node failure on ", re.IGNORECASE)),
     (EndReason.OUT_OF_MEMORY, re.compile(r"oom[-_ ]?kill|out of memory", re.IGNORECASE)),
     (EndReason.PREEMPTED, re.compile(r"DUE TO PREEMPTION")),
     (EndReason.TIME_LIMIT, re.compile(r"DUE TO TIME LIMIT")),
     (EndReason.REQUEUED, re.compile(r"DUE TO JOB REQUEUE")),
-    (EndReason.CANCELLED, re.compile(r"\*\*\* JOB \d+ .*CANCELLED AT \S+( \*\*\*)?\s*$")),
+    (EndReason.CANCELLED, re.compile(r"\*\*\* JOB \d+ .*CANCELLED AT \S+( DUE to SIGNAL Terminated)?( \*\*\*)?\s*$")),
 )
 """What Slurm 22.05 to 26.05 says, the most telling first: the end of a job cancels its steps, whatever it came from. A
 step alone is cancelled, in the same words, by the first signal of a preemption."""

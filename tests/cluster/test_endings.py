@@ -42,6 +42,8 @@ def test_why_a_signal_came(stop: bool, warned: bool, end: float | None, reason: 
 
 STEP = "slurmstepd: error: *** STEP 12.0 ON n1 CANCELLED AT 2026-01-02T03:04:05 "
 JOB = "slurmstepd: error: *** JOB 12 ON n1 CANCELLED AT 2026-01-02T03:04:05 "
+LATER_STEP = "[2026-01-02T03:04:05.019] error: *** STEP 12.0 ON n1 CANCELLED AT 2026-01-02T03:04:05 DUE "
+LATER_JOB = "[2026-01-02T03:04:05.035] error: *** JOB 12 ON n1 CANCELLED AT 2026-01-02T03:04:05 DUE "
 
 
 @pytest.mark.parametrize(
@@ -58,6 +60,10 @@ JOB = "slurmstepd: error: *** JOB 12 ON n1 CANCELLED AT 2026-01-02T03:04:05 "
         (f"{STEP}***", None),
         (f"{JOB}***", EndReason.CANCELLED),
         (f"{JOB}", EndReason.CANCELLED),
+        (f"{LATER_STEP}to SIGNAL Terminated ***\n{LATER_JOB}TO PREEMPTION ***", EndReason.PREEMPTED),
+        (f"{LATER_STEP}to SIGNAL Terminated ***", None),
+        (f"{LATER_JOB}to SIGNAL Terminated ***", EndReason.CANCELLED),
+        (f"{LATER_JOB}TO TIME LIMIT ***", EndReason.TIME_LIMIT),
         ("slurmstepd: error: Detected 1 oom-kill event(s) in StepId=12.0.", EndReason.OUT_OF_MEMORY),
         ("srun: error: n1: task 0: Out Of Memory", EndReason.OUT_OF_MEMORY),
         ("srun: error: n1: task 0: Exited with exit code 6", None),
