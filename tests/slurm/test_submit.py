@@ -12,7 +12,7 @@ import pytest
 from miles.cluster.slurm.jobs import JobKind, read_jobs
 from miles.runs.attempts import EndReason, read_attempts
 from slurm.testbed import Testbed
-from slurm.user import User
+from slurm.user import SECONDS, User
 from tests.chaos.audit import process_findings
 from tests.chaos.run import STAGE, WARMUP, Case
 
@@ -85,13 +85,30 @@ def test_preempted_and_requeued_it_ends_with_the_same_bits(finished: User) -> No
     job = user.job("preempted")
     user.until_step(1, "preempted")
     user.bed.preempt(job)
-    user.until_state("queued", "preempted")
+    user.bed.wait_state(job, "PENDING", "RUNNING", restarts=1, seconds=SECONDS)
     assert f"job {job}" in user.miles("explain", "preempted")
     user.until_step(3, "preempted")
     user.bed.run("scontrol", "requeue", job)
     user.until_state("done", "preempted")
     assert user.reasons("preempted") == [EndReason.PREEMPTED, EndReason.REQUEUED, EndReason.FINISHED]
     assert len(read_jobs(paths)) == 1
+    assert user.settled(paths) == []
+
+
+def test_preempted_where_the_batch_script_alone_is_warned(
+    finished: User, slurm_clusters: Callable[..., Testbed]
+) -> None:
+    # The grace is so long that nothing but the warning, handed on to the supervisors, can end the attempt.
+    user = User(finished.directory, slurm_clusters(send_user_signal=True, grace=600))
+    paths = user.fork("warned")
+    user.miles("resume", "warned")
+    user.until_step(1, "warned")
+    job = user.job("warned")
+    user.bed.preempt(job)
+    user.until_state("done", "warned")
+    user.until(lambda: not user.bed.run("squeue", "-h"), "Slurm has the job still", "warned")
+    assert user.reasons("warned") == [EndReason.PREEMPTED, EndReason.FINISHED]
+    assert "CANCELLED" not in paths.slurm_log(STAGE, job).read_text().partition("miles: ")[0]
     assert user.settled(paths) == []
 
 
