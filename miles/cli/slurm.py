@@ -21,12 +21,13 @@ def explain(run: RunArgument = None, json: JsonOption = False) -> None:
     """Say why a run ended, waits or goes on, by what evidence, and what to do."""
     from dataclasses import asdict
 
+    from miles.cluster.slurm.history import with_history
     from miles.reports.explain import explain_run
     from miles.runs.directory import find_run
     from miles.workflow.status import read_status
 
     paths = find_run(run)
-    status = read_status(paths, cluster_views(paths)())
+    status = read_status(paths, with_history(cluster_views(paths)()))
     explanation = explain_run(paths, status, run=run_argument(paths.root))
     if json:
         print_json({"state": status.state.value, **asdict(explanation)})

@@ -143,6 +143,8 @@ def _ended(attempt: Attempt) -> str:
 
 
 def _job_line(job: JobStatus) -> str:
+    if job.runs:
+        return f"job {job.name} of {job.step}: {', then '.join(job.runs)} (by Slurm's accounting)"
     state = job.state or "not known to Slurm any more"
     return f"job {job.name} of {job.step}: {state}{f', restarted {job.restarts} x' if job.restarts else ''}"
 

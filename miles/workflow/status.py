@@ -69,6 +69,8 @@ class JobStatus:
     """When it began; of a job that waits, when the cluster thinks that it will."""
     ends: float | None
     """When its time limit is over."""
+    runs: list[str] = field(default_factory=list)
+    """How each of its runs ended, where the cluster has forgotten the job and its accounting has not."""
 
 
 @dataclass(frozen=True, slots=True)

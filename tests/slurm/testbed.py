@@ -147,6 +147,10 @@ class Testbed:
         """End slurmctld in order; running jobs go on, commands fail. `up` starts it again."""
         self._daemons.end("slurmctld")
 
+    def stop_accounting(self) -> None:
+        """End slurmdbd and its database: `sacct` fails. `up` starts them again."""
+        self._accounting.end()
+
     def reset(self, seconds: float = 60.0) -> None:
         """No jobs, every node idle. Raises TimeoutError."""
         self.up()
