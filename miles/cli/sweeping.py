@@ -90,7 +90,9 @@ def _submit_all(sweep: Sweep, prepared: Sequence[Prepared], at_once: int | None,
     from miles.cluster.slurm.commands import Slurm
 
     for one in prepared:
-        introduce(one, console)
+        if one.set_aside is not None or one.changes:
+            introduce(one, console)
+    console.print(f"{len(prepared)} runs in {sweep.directory.parent}: {_names(prepared)}", markup=False, soft_wrap=True)
     with console.status("submitting"):
         arrays = submit_arrays(plan_arrays(sweep, at_once), Slurm())
     list_runs = (
@@ -109,6 +111,11 @@ def _submit_all(sweep: Sweep, prepared: Sequence[Prepared], at_once: int | None,
         (f"miles watch {name}", "follow one of them"),
         (f"miles stop {name}", "stop one of them with everything saved"),
     )
+
+
+def _names(prepared: Sequence[Prepared]) -> str:
+    first, last = prepared[0].paths.root.name, prepared[-1].paths.root.name
+    return first if len(prepared) == 1 else f"{first} to {last}"
 
 
 def _drive_all(prepared: Sequence[Prepared], console: Console) -> None:

@@ -19,6 +19,15 @@ from tests.chaos.run import GRADER, STAGE
 pytestmark = pytest.mark.timeout(900)
 """A minute on an idle machine, many on one that others share."""
 
+TASK = """
+name = "task"
+runs_dir = "{directory}/runs"
+[steps.prepare]
+kind = "tiny-task"
+architecture = "qwen3-moe"
+train_prompts = 40
+heldout_prompts = 8
+"""
 RUN = """
 name = "proof"
 runs_dir = "{directory}/runs"
@@ -30,17 +39,10 @@ dtype = "float32"
 [local]
 threads = 1
 
-[steps.prepare]
-kind = "tiny-task"
-architecture = "qwen3-moe"
-hidden_size = 64
-train_prompts = 40
-heldout_prompts = 8
-
 [steps.grpo]
 kind = "rl"
-model = "step:prepare/model"
-data = "step:prepare/train.jsonl"
+model = "{directory}/runs/task/steps/prepare/model"
+data = "{directory}/runs/task/steps/prepare/train.jsonl"
 rewards = [{{ grader = "{directory}/grader.py:grade" }}]
 
 [steps.grpo.rollout]
@@ -51,6 +53,13 @@ max_response_tokens = 60
 [steps.grpo.train]
 steps = 3
 lr = 1e-3
+
+[steps.grpo.journal]
+keep = "all"
+
+[steps.report]
+kind = "report"
+needs = ["grpo"]
 """
 SWEEP = ("--sweep", "seed=0,1,2,3", "--at-once", "2")
 NAMES = [f"proof-seed-{seed}" for seed in range(4)]
@@ -59,16 +68,18 @@ NAMES = [f"proof-seed-{seed}" for seed in range(4)]
 @pytest.fixture
 def user(slurm: Testbed, tmp_path: Path) -> User:
     (tmp_path / "grader.py").write_text(GRADER)
-    (tmp_path / "run.toml").write_text(RUN.format(directory=tmp_path))
-    return User(tmp_path, slurm)
+    for file, text in {"task.toml": TASK, "run.toml": RUN}.items():
+        (tmp_path / file).write_text(text.format(directory=tmp_path))
+    user = User(tmp_path, slurm)
+    user.miles("submit", "task.toml", "--local")
+    return user
 
 
 def test_a_sweep_of_four_runs_one_stopped_and_one_requeued(user: User) -> None:
     submit = ("submit", "run.toml", *SWEEP)
     planned = user.miles(*submit, "--dry-run")
     assert ", ".join(NAMES) in planned and "--array=0-3%2" in planned
-    assert not (user.directory / "runs").exists()
-    user.miles("submit", "run.toml", "--set", 'name="alone"', "--set", "seed=3")
+    assert not user.run(NAMES[0]).root.exists()
     user.miles(*submit)
     first, second = arrays = [record.job for record in read_jobs(user.run(NAMES[0]))]
     for index, name in enumerate(NAMES):
@@ -77,21 +88,22 @@ def test_a_sweep_of_four_runs_one_stopped_and_one_requeued(user: User) -> None:
     # Submitted twice: refused, run by run, and nothing is changed.
     again = user.miles(*submit, code=4)
     assert all(f"run '{name}' is on Slurm already" in again for name in NAMES)
-    assert f"job {second}_2 (step {STAGE}): PENDING, Dependency" in again
+    assert f"job {second}_2 (step report): PENDING, Dependency" in again
     assert [record.job for record in read_jobs(user.run(NAMES[0]))] == arrays
 
     # One that waits is told as such; it is stopped, and the others are not.
     assert user.status(NAMES[2])["state"] == "queued"
-    assert f"job {first}_2 of step 'prepare' waits" in user.miles("explain", NAMES[2])
-    assert f"job {first}_2 (step prepare), job {second}_2 (step {STAGE})" in user.miles("stop", NAMES[2])
+    assert f"job {first}_2 of step '{STAGE}' waits (JobArrayTaskLimit" in user.miles("explain", NAMES[2])
+    assert f"job {first}_2 (step {STAGE}), job {second}_2 (step report)" in user.miles("stop", NAMES[2])
     assert user.status(NAMES[2])["state"] == "pending"
     assert all(user.status(name)["cluster"]["jobs"][-1]["live"] for name in (NAMES[0], NAMES[1], NAMES[3]))
+    user.miles("submit", "run.toml", "--set", 'name="alone"', "--set", "seed=3")
 
     # The last element has the array's own number: a command that took it would be about all of them.
     user.until_step(1, NAMES[3])
     status = user.status(NAMES[3])
-    assert status["holder"]["job"] == status["cluster"]["jobs"][-1]["job"] == second
-    assert f"{second}_3" in user.miles("runs")
+    assert status["holder"]["job"] == status["cluster"]["jobs"][0]["job"] == first
+    assert f"{first}_3" in user.miles("runs")
     user.miles("preempt", NAMES[3], "--grace", "60")
     for name in (NAMES[0], NAMES[1], NAMES[3], "alone"):
         user.until_state("done", name)
@@ -102,10 +114,10 @@ def test_a_sweep_of_four_runs_one_stopped_and_one_requeued(user: User) -> None:
     assert differences(user.run(NAMES[0]), user.run("alone")) != [], "another seed is another run"
     for name in (NAMES[0], NAMES[1], NAMES[3]):
         assert unsound(user.run(name)) == []
-    log = user.miles("logs", NAMES[3], "--role", "job")
-    assert f"slurm-{STAGE}-{second}.out" in log and "requeue" in log.lower()
+    assert f"slurm-report-{second}.out" in user.miles("logs", NAMES[3], "--role", "job")
+    assert "requeue" in user.run(NAMES[3]).slurm_log(STAGE, first).read_text().lower()
 
-    # The same command again submits what is left, which is one run.
+    # The same command again submits what is left, which is one run; alone it is a job like any other.
     assert "of 1 run" in user.miles(*submit)
     assert [record.kind for record in read_jobs(user.run(NAMES[2]))] == [JobKind.FIRST] * 2 + [JobKind.RESUME] * 2
     assert [len(read_jobs(user.run(name))) for name in NAMES] == [2, 2, 4, 2]

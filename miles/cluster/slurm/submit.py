@@ -25,6 +25,9 @@ from miles.runs.paths import RunPaths
 from miles.workflow.graph import needed_steps
 from miles.workflow.plan import plan_run
 
+_MOST_RUNS = 10
+"""Runs of a sweep that one message names."""
+
 
 @dataclass(frozen=True, slots=True)
 class PlannedJob:
@@ -119,9 +122,11 @@ def refuse_live_jobs(runs: Sequence[RunPaths], slurm: Slurm) -> None:
     if not busy:
         return
     lines = []
-    for name, live in busy.items():
+    for name, live in list(busy.items())[:_MOST_RUNS]:
         lines.append(f"run '{name}' is on Slurm already:")
         lines += [f"  {_since(submitted)}" for submitted in live]
+    if len(busy) > _MOST_RUNS:
+        lines.append(f"and so are {len(busy) - _MOST_RUNS} more runs")
     name = next(iter(busy))
     raise RunError(
         "\n".join(lines), fix=f"`miles watch {name}` shows it, `miles stop {name}` ends it with everything saved"
