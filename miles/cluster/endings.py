@@ -32,9 +32,10 @@ step alone is cancelled, in the same words, by the first signal of a preemption.
 
 
 _NO_MEMORY = re.compile(
-    r"OutOfMemoryError|\bMemoryError\b|std::bad_alloc|can't allocate memory|Cannot allocate memory|out of memory"
+    r"out ?of ?memory|\bMemoryError\b|bad_alloc|(?:can't|cannot) allocate memory|memory allocation of|failed to map segment",
+    re.IGNORECASE,
 )
-"""What Python, torch, CUDA, C++ and the C library say about it in the last lines of a process."""
+"""What Python, torch, CUDA, C++, Rust and the C library say about it in the last lines of a process."""
 
 
 class EndedEarly(Interrupted):

@@ -2,9 +2,9 @@ from pathlib import Path
 
 import pytest
 
-from miles.cluster.endings import EndedEarly, end_reason, read_output, slurm_word, why_signalled
+from miles.cluster.endings import EndedEarly, end_reason, may_pass, read_output, slurm_word, why_signalled
 from miles.cluster.launch import Failure, cause
-from miles.errors import EngineError, Interrupted, MilesError, RunError, TrainerError
+from miles.errors import EngineError, EngineLost, Interrupted, MilesError, RankLost, RunError, TrainerError
 from miles.runs.attempts import EndReason
 
 
@@ -16,11 +16,37 @@ from miles.runs.attempts import EndReason
         (EngineError("x"), False, EndReason.ENGINE_START),
         (EngineError("x"), True, EndReason.ENGINE_CRASH),
         (TrainerError("x"), True, EndReason.TRAINER_CRASH),
+        (
+            RankLost("x was killed by SIGKILL (the system does that when memory runs out)"),
+            True,
+            EndReason.TRAINER_CRASH,
+        ),
+        (RankLost("x\ntorch.OutOfMemoryError: CUDA out of memory."), True, EndReason.OUT_OF_MEMORY),
+        (RankLost("x\nmemory allocation of 16 bytes failed"), True, EndReason.OUT_OF_MEMORY),
+        (EngineLost("x\nMemoryError"), False, EndReason.OUT_OF_MEMORY),
+        (TrainerError("the message speaks of a MemoryError"), True, EndReason.TRAINER_CRASH),
         (RunError("x"), True, EndReason.FAILED),
     ],
 )
 def test_word_for_an_error(error: MilesError, came_up: bool, reason: EndReason) -> None:
     assert end_reason(error, engines_came_up=came_up) is reason
+
+
+@pytest.mark.parametrize(
+    ("error", "reason", "passes"),
+    [
+        (RankLost("x"), EndReason.TRAINER_CRASH, True),
+        (RankLost("x"), EndReason.OUT_OF_MEMORY, True),
+        (TrainerError("the gradient's norm is nan"), EndReason.TRAINER_CRASH, False),
+        (TrainerError("x"), EndReason.NODE_FAILURE, True),
+        (EngineLost("x"), EndReason.ENGINE_CRASH, True),
+        (EngineLost("x"), EndReason.ENGINE_START, False),
+        (EngineError("x refused weights"), EndReason.ENGINE_CRASH, False),
+        (RunError("x"), EndReason.FAILED, False),
+    ],
+)
+def test_which_ends_another_attempt_may_get_past(error: MilesError, reason: EndReason, passes: bool) -> None:
+    assert may_pass(error, reason) is passes
 
 
 @pytest.mark.parametrize(
