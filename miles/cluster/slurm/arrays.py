@@ -8,9 +8,9 @@ run's jobs are belongs to `miles.cluster.slurm.submit`, what the scripts say to 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from miles.cluster.slurm.commands import Slurm
@@ -112,10 +112,9 @@ def render_sweep(sweep: Sweep, step: str, at_once: int | None) -> list[str]:
 def check_size(count: int, slurm: Slurm) -> None:
     """Raise ConfigError when the site allows no array with so many elements. Raises what asking Slurm raises."""
     allowed = slurm.config().get("MaxArraySize", "")
-    if allowed.isdecimal() and count > int(allowed) - 1:
+    if allowed.isdecimal() and count > int(allowed):
         raise ConfigError(
-            f"--sweep makes {count} runs; a job array has at most {int(allowed) - 1} elements here "
-            f"(MaxArraySize = {allowed})",
+            f"--sweep makes {count} runs; a job array has at most {allowed} elements here (MaxArraySize)",
             fix="submit parts of it, one after the other",
         )
 
@@ -136,59 +135,82 @@ def submit_arrays(plan: ArrayPlan, slurm: Slurm) -> list[SubmittedArray]:
     Raises RunError when jobs of a run wait or run, when a process drives one, and when Slurm refuses an array: those
     before it stay submitted, and the message names them.
     """
-    runs = [member.paths for member in plan.members]
-    before = {paths.root: {record.step for record in read_jobs(paths)} for paths in runs}
-    submitted: list[SubmittedArray] = []
-    arrays: dict[tuple[PlannedJob, ...], list[int]] = {group.jobs: [] for group in plan.groups}
-
-    def submit(group: Group, job: PlannedJob, *, hold: bool = False) -> None:
-        dependency = job.dependency(arrays[group.jobs], success="aftercorr")
-        try:
-            array = _submit(plan, group, job.step, dependency, slurm, hold=hold)
-        except MilesError as error:
-            if not submitted:
-                raise
-            rest = "the same command submits the rest; `miles stop RUN` ends one of the runs"
-            raise partly_submitted(error, [f"{one.array} ({one.step})" for one in submitted], rest) from error
-        arrays[group.jobs].append(array)
-        submitted.append(SubmittedArray(job.step, array, len(group.members), dependency))
-        _record(group, submitted[-1], before)
-
     with disk_errors(plan.sweep.directory):
         plan.sweep.directory.mkdir(mode=0o700, exist_ok=True)
+    runs = [member.paths for member in plan.members]
+    submission = _Submission(plan, slurm, {paths.root: {record.step for record in read_jobs(paths)} for paths in runs})
+    # The claims keep a second submit out until every run has a job on record. For many runs that takes longer than
+    # Slurm needs to start a job, which would find its run claimed: the first arrays are held meanwhile.
     try:
-        # The claims keep a second submit out until every run has a job on record. For many runs that takes longer than
-        # Slurm needs to start a job, which would find its run claimed: the first arrays are held meanwhile.
-        with ExitStack() as claims:
-            live = live_ids(runs, slurm)
-            for paths in runs:
-                claims.enter_context(Claim.acquire(paths, live_jobs=live))
-            refuse_live_jobs(runs, slurm)
-            for paths in runs:
-                paths.stop_request.unlink(missing_ok=True)
-                with disk_errors(paths.scripts):
-                    paths.scripts.mkdir(exist_ok=True)
+        with _claimed(runs, slurm):
             for group in plan.groups:
-                submit(group, group.jobs[0], hold=True)
+                submission.submit(group, group.jobs[0], hold=True)
     finally:
-        for group in plan.groups:
-            if arrays[group.jobs] and not group.held_by_user:
-                slurm.release(arrays[group.jobs][0])
+        submission.release()
     for group in plan.groups:
         for job in group.jobs[1:]:
-            submit(group, job)
-    return submitted
+            submission.submit(group, job)
+    return submission.arrays
 
 
-def _submit(plan: ArrayPlan, group: Group, step: str, dependency: str | None, slurm: Slurm, *, hold: bool) -> int:
-    """Write the scripts of one array and of its elements, and hand it over; returns its number."""
-    for member in group.members:
-        # The array's script starts it as a program, so that its own first line counts.
-        own = render_job(job_spec(member.config, step, member.paths, dependency=None))
-        write_atomic(member.paths.script(step), own, mode=0o700)
-    script = plan.sweep.directory / f"{step}.sbatch"
-    write_atomic(script, render_array(plan.spec(group.members, step, dependency)), mode=0o600)
-    return slurm.submit(script, hold=hold)
+@contextmanager
+def _claimed(runs: Sequence[RunPaths], slurm: Slurm) -> Iterator[None]:
+    """All runs claimed, and ready to be submitted. Raises RunError when one goes on somewhere."""
+    with ExitStack() as claims:
+        live = live_ids(runs, slurm)
+        for paths in runs:
+            claims.enter_context(Claim.acquire(paths, live_jobs=live))
+        refuse_live_jobs(runs, slurm)
+        for paths in runs:
+            paths.stop_request.unlink(missing_ok=True)
+            with disk_errors(paths.scripts):
+                paths.scripts.mkdir(exist_ok=True)
+        yield
+
+
+@dataclass(frozen=True, slots=True)
+class _Submission:
+    """The arrays of a plan that Slurm has so far."""
+
+    plan: ArrayPlan
+    slurm: Slurm
+    before: Mapping[Path, Collection[str]]
+    """Steps that were submitted earlier, by run directory."""
+    arrays: list[SubmittedArray] = field(default_factory=list)
+    _held: list[int] = field(default_factory=list)
+    _of_group: dict[tuple[PlannedJob, ...], list[int]] = field(default_factory=dict)
+    """Numbers of the arrays of each group, in the order of its jobs."""
+
+    def submit(self, group: Group, job: PlannedJob, *, hold: bool = False) -> None:
+        """Write the scripts of one array and of its elements, hand it over, and record it in its runs."""
+        earlier = self._of_group.setdefault(group.jobs, [])
+        dependency = job.dependency(earlier, success="aftercorr")
+        try:
+            array = self._hand_over(group, job.step, dependency, hold=hold)
+        except MilesError as error:
+            if not self.arrays:
+                raise
+            rest = "the same command submits the rest; `miles stop RUN` ends one of the runs"
+            raise partly_submitted(error, [f"{one.array} ({one.step})" for one in self.arrays], rest) from error
+        earlier.append(array)
+        if hold and not group.held_by_user:
+            self._held.append(array)
+        self.arrays.append(SubmittedArray(job.step, array, len(group.members), dependency))
+        _record(group, self.arrays[-1], self.before)
+
+    def release(self) -> None:
+        """Let the arrays begin that are held for us."""
+        for array in self._held:
+            self.slurm.release(array)
+
+    def _hand_over(self, group: Group, step: str, dependency: str | None, *, hold: bool) -> int:
+        for member in group.members:
+            # The array's script starts it as a program, so that its own first line counts.
+            own = render_job(job_spec(member.config, step, member.paths, dependency=None))
+            write_atomic(member.paths.script(step), own, mode=0o700)
+        script = self.plan.sweep.directory / f"{step}.sbatch"
+        write_atomic(script, render_array(self.plan.spec(group.members, step, dependency)), mode=0o600)
+        return self.slurm.submit(script, hold=hold)
 
 
 def _record(group: Group, array: SubmittedArray, before: Mapping[Path, Collection[str]]) -> None:
