@@ -138,6 +138,15 @@ def test_supervisors_that_were_ended_before_they_could_listen_have_not_done_the_
     assert script.lines("requeues") == ["7"], output
 
 
+def test_a_job_that_slurm_has_put_back_a_moment_before_is_not_said_to_be_lost(tmp_path: Path) -> None:
+    (tmp_path / "record").mkdir()
+    (tmp_path / "record" / "slurm-is-faster").touch()
+    ended, output, script = run(spec(tmp_path, command=ends(75)), tmp_path)
+    assert (ended, script.lines("requeues")) == (75, ["7"])
+    assert "back into the queue already" in output
+    assert "cannot be requeued" not in output
+
+
 def test_where_requeueing_is_forbidden_the_job_ends_and_says_so(tmp_path: Path) -> None:
     (tmp_path / "record").mkdir()
     (tmp_path / "record" / "no-requeue").touch()
