@@ -32,7 +32,8 @@ step alone is cancelled, in the same words, by the first signal of a preemption.
 
 
 _NO_MEMORY = re.compile(
-    r"out ?of ?memory|\bMemoryError\b|bad_alloc|(?:can't|cannot) allocate memory|memory allocation of|failed to map segment",
+    r"out ?of ?memory|\bMemoryError\b|bad_alloc|(?:can't|cannot) allocate memory|memory allocation of"
+    r"|failed to map segment",
     re.IGNORECASE,
 )
 """What Python, torch, CUDA, C++, Rust and the C library say about it in the last lines of a process."""
