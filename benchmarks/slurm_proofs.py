@@ -291,15 +291,15 @@ def tree(paths: RunPaths) -> dict[str, str]:
 
 
 def timings(directory: Path, seeds: list[int], steps: int) -> Record:
-    """What each way to be interrupted costs."""
-    dice = random.Random(seeds[0])
+    """What each way to be interrupted costs; each is measured once for every seed."""
+    rounds, dice = len(seeds), random.Random(seeds[0])
     with cluster(directory, grace=20) as bed:
         user, document = undisturbed(directory, bed, steps)
+        usual = interruptions(user, "usual", [Kind.TERM, Kind.KILL, Kind.NODE, Kind.REQUEUE] * rounds, dice)
         limit = (f'slurm.time="{SHORT_MINUTES}"', f"slurm.save_lead_minutes={LEAD_MINUTES}")
-        usual = interruptions(user, "usual", [Kind.TERM, Kind.KILL] * 3 + [Kind.NODE, Kind.REQUEUE] * 2, dice)
-        limits = interruptions(user, "limits", [Kind.LIMIT] * 2, dice, *limit)
+        limits = interruptions(user, "limits", [Kind.LIMIT] * rounds, dice, *limit)
     with cluster(directory, name="user-signal", grace=20, send_user_signal=True) as bed:
-        warned = interruptions(User(user.directory, bed), "warned", [Kind.USR1] * 3, dice)
+        warned = interruptions(User(user.directory, bed), "warned", [Kind.USR1] * rounds, dice)
     found = [*usual, *limits, *warned]
     tokens = round(statistics.mean(row.tokens for row in show_steps(user.run("usual"), STAGE) if row.decided))
     document |= {"flush_seconds": Case().flush_seconds, "kinds": summary(found, tokens)}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import signal
 import time
 from collections.abc import Callable
 
@@ -82,7 +83,8 @@ class Engines:
         """Ask all engines to end, kill those that have not within `grace` seconds or when `hurry()`."""
         for engine in self._engines:
             engine.health.end()
-        terminate([engine.child for engine in self._engines], grace=grace, hurry=hurry)
+        # The one signal to which they listen: those of Slurm reach every process of a job.
+        terminate([engine.child for engine in self._engines], grace=grace, hurry=hurry, number=signal.SIGINT)
 
     def _problem(self, engine: _Engine) -> MilesError | None:
         """Why an engine must be started again; None when it is well."""

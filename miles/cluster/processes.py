@@ -195,13 +195,19 @@ def wait_for_ends(children: list[Child], *, grace: float, hurry: Callable[[], bo
         time.sleep(POLL_SECONDS)
 
 
-def terminate(children: list[Child], *, grace: float, hurry: Callable[[], bool]) -> None:
-    """Ask the children to end (SIGTERM), wait up to `grace` seconds or until `hurry()`, then kill them.
+def terminate(
+    children: list[Child],
+    *,
+    grace: float,
+    hurry: Callable[[], bool],
+    number: signal.Signals = signal.SIGTERM,
+) -> None:
+    """Ask the children to end by a signal, wait up to `grace` seconds or until `hurry()`, then kill them.
 
     Returns when all are reaped.
     """
     for child in children:
-        child.signal(signal.SIGTERM)
+        child.signal(number)
     wait_for_ends(children, grace=grace, hurry=hurry)
     for child in children:
         child.end()

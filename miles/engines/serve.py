@@ -9,6 +9,7 @@ Owns that decision. torch is imported when a server starts, not with this module
 from __future__ import annotations
 
 import argparse
+import signal
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +25,7 @@ EngineKind = Literal["auto", "embedded", "sglang"]
 
 def main() -> None:
     end_with_parent()
+    end_by_interrupt_alone()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--step", required=True)
@@ -37,9 +39,20 @@ def main() -> None:
     token = read_token(paths.engine_token)
     gpu = has_gpu()
     if choose_kind(spec.engine.kind, gpu=gpu) == "sglang":
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         serve_sglang(sglang_arguments(spec, gpu=gpu), token)
     else:
         _serve_embedded(spec, token)
+
+
+def end_by_interrupt_alone() -> None:
+    """From now on SIGINT ends this process, and what Slurm sends to every process of a job does not.
+
+    The ranks are told by the same signal to end, and collect first what was generated.
+    """
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # and without a stack in its log
 
 
 def choose_kind(kind: EngineKind, *, gpu: bool) -> EngineKind:

@@ -15,12 +15,15 @@ import base64
 import io
 import math
 import pickle
+import signal
 from multiprocessing.reduction import ForkingPickler
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.multiprocessing
+
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 NamedTensors = list[tuple[str, torch.Tensor]]
 
@@ -73,9 +76,12 @@ class Bucket:
         # A file name can be opened by any process of this user; a descriptor only by a child.
         previous = torch.multiprocessing.get_sharing_strategy()
         torch.multiprocessing.set_sharing_strategy("file_system")
+        # The first time, torch starts a process that must outlive the signals that Slurm sends to all of a job.
+        unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
         try:
             ForkingPickler(stream).dump({"flattened_tensor": self.buffer, "metadata": self.metadata})
         finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
             torch.multiprocessing.set_sharing_strategy(previous)
         return base64.b64encode(stream.getvalue()).decode()
 

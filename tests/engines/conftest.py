@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -141,7 +142,7 @@ def engine(
         wait_until_healthy(server, process, run_dir)
         yield server
     finally:
-        process.terminate()
+        process.send_signal(signal.SIGINT)
         process.wait(30)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -17,7 +18,8 @@ from miles.engines.serve import choose_kind, read_token
 from miles.engines.spec import engine_spec
 from miles.errors import ConfigError, EngineError
 from miles.runs.paths import RunPaths
-from tests.engines.conftest import ROOT, write_run
+from tests.engines import conftest
+from tests.engines.conftest import ROOT, Engine, wait_until_healthy, write_run
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +80,23 @@ def test_port_in_use(run_dir: Path) -> None:
     assert result.returncode == EngineError.exit_code
     assert f"error: cannot listen on 127.0.0.1:{port}: Address already in use" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_what_slurm_sends_to_every_process_of_a_job_does_not_end_it(
+    run_dir: Path, tiny_moe: Path, unused_port: int
+) -> None:
+    process = conftest.serve(run_dir, "embedded", unused_port)
+    server = Engine("embedded", f"http://127.0.0.1:{unused_port}", tiny_moe / "model")
+    try:
+        wait_until_healthy(server, process, run_dir)
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+            process.send_signal(number)
+        assert server.get("/health_generate", token=None).status_code == 200
+        process.send_signal(signal.SIGINT)
+        process.wait(30)
+    finally:
+        process.kill()
+    assert "Traceback" not in (run_dir / "engine.log").read_text()
 
 
 def test_broken_model_directory(tmp_path: Path, tiny_moe: Path) -> None:

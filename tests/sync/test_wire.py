@@ -2,9 +2,13 @@
 
 import base64
 import pickle
+import re
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -39,6 +43,19 @@ def test_round_trip_in_another_process(tmp_path):
         text=True,
     )
     assert result.stdout.strip() == "equal", result.stderr
+
+
+def test_the_process_that_keeps_shared_memory_outlives_what_slurm_sends_to_all_processes():
+    bucket = Bucket(named())
+    bucket.dumps()
+    bucket.dumps()
+    managers = [child for child in psutil.Process().children() if child.name().startswith("torch_shm")]
+    assert managers
+    for manager in managers:
+        blocked = re.search(r"SigBlk:\s*(\w+)", Path(f"/proc/{manager.pid}/status").read_text())
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+            assert blocked and int(blocked[1], 16) & 1 << (number - 1)
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 def test_a_pickle_that_calls_something_is_refused():

@@ -6,8 +6,10 @@ Owns the process's life. Everything that can go wrong ends as one EngineError.
 from __future__ import annotations
 
 import asyncio
+import signal
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -45,7 +47,7 @@ class EmbeddedOptions:
 
 
 def serve_embedded(options: EmbeddedOptions) -> None:
-    """Serve until SIGTERM or SIGINT. Raises EngineError when the engine cannot start or fails."""
+    """Serve until SIGINT, or SIGTERM where it is not ignored. Raises EngineError when it cannot start or fails."""
     # Bound before the model is loaded: a port in use is known at once.
     listener = _bind(options.host, options.port)
     disable_progress_bar()
@@ -59,7 +61,7 @@ def serve_embedded(options: EmbeddedOptions) -> None:
     config = uvicorn.Config(
         server.app(options.token), log_level="warning", access_log=False, timeout_graceful_shutdown=2, lifespan="off"
     )
-    uvicorn_server = uvicorn.Server(config)
+    uvicorn_server = _UvicornServer(config)
 
     async def run() -> None:
         loop = asyncio.get_running_loop()
@@ -78,6 +80,18 @@ def serve_embedded(options: EmbeddedOptions) -> None:
     if worker.failure is not None:
         raise EngineError(f"the engine's thread failed: {worker.failure}") from worker.failure
     worker.stop()
+
+
+class _UvicornServer(uvicorn.Server):
+    """Goes on ignoring SIGTERM where it was ignored."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        ignored = signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+        with super().capture_signals():
+            if ignored:
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            yield
 
 
 def _bind(host: str, port: int) -> socket.socket:
