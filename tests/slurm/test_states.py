@@ -16,6 +16,7 @@ from miles.cluster.slurm.states import (
     JobState,
     duration,
     expand_nodes,
+    parse_job_id,
     parse_sacct,
     parse_scontrol_job,
     parse_squeue,
@@ -66,10 +67,12 @@ SCONTROL_24_11 = (
 )
 # As the documentation of sacct has them, one line per run of a job that was preempted, and a cancelled one.
 SACCT = """\
-12|PREEMPTED|low|2|1795404333|1795404334|1795404348|0:9|n[1-2]|None
-12|COMPLETED|low|2|1795404348|1795404354|1795404400|0:0|n[1-2]|None
-12.batch|COMPLETED||1|1795404348|1795404354|1795404400|0:0|n1|
-13|CANCELLED by 1000|low|2|1795404348|Unknown|1795404400|0:0|None assigned|None
+12|12|PREEMPTED|low|2|1795404333|1795404334|1795404348|0:9|n[1-2]|None
+12|12|COMPLETED|low|2|1795404348|1795404354|1795404400|0:0|n[1-2]|None
+12.batch|12.batch|COMPLETED||1|1795404348|1795404354|1795404400|0:0|n1|
+13|13|CANCELLED by 1000|low|2|1795404348|Unknown|1795404400|0:0|None assigned|None
+55|53_3|COMPLETED|low|1|1795404348|1795404354|1795404400|0:0|n1|None
+53|53_4|PENDING|low|1|1795404348|Unknown|Unknown|0:0|None assigned|None
 """
 
 
@@ -161,13 +164,15 @@ def test_scontrol_of_both_versions_whatever_the_job_is_called() -> None:
 
 
 def test_sacct_tells_every_run_of_a_job_and_no_steps() -> None:
-    preempted, completed, cancelled = parse_sacct(SACCT)
+    preempted, completed, cancelled, element, last = parse_sacct(SACCT)
     assert [preempted.id, completed.id, cancelled.id] == [12, 12, 13]
     assert [run.state for run in (preempted, completed, cancelled)] == [
         JobState.PREEMPTED,
         JobState.COMPLETED,
         JobState.CANCELLED,
     ]
+    assert [str(job.name) for job in (completed, element, last)] == ["12", "53_3", "53_4"]
+    assert [parse_job_id(name) for name in ("12", "53_3")] == [12, element.name]
     assert (preempted.exit_signal, cancelled.start, cancelled.nodes) == (9, None, ())
 
 

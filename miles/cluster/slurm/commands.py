@@ -123,23 +123,26 @@ class Slurm:
         except UnknownJob:
             return None
 
-    def accounted(self, ids: Iterable[int], *, strict: bool = False) -> dict[int, list[Job]]:
+    def accounted(self, ids: Iterable[JobId], *, strict: bool = False) -> dict[JobId, list[Job]]:
         """Every run of the jobs on the accounting's record, oldest first.
 
         Empty where sacct does not answer: sites without accounting are normal. With `strict` that is an error.
         """
-        wanted = ",".join(map(str, sorted(set(ids))))
+        wanted = set(ids)
         if not wanted:
             return {}
         try:
-            output = self._run("sacct", "-n", "-P", "-D", "-X", "-j", wanted, "-o", SACCT_FORMAT)
+            output = self._run(
+                "sacct", "-n", "-P", "-D", "-X", "-j", ",".join(sorted(map(str, wanted))), "-o", SACCT_FORMAT
+            )
         except SlurmError:
             if strict:
                 raise
             return {}
-        runs: dict[int, list[Job]] = {}
+        runs: dict[JobId, list[Job]] = {}
         for job in parse_sacct(output):
-            runs.setdefault(job.id, []).append(job)
+            for name in {job.id, job.name} & wanted:
+                runs.setdefault(name, []).append(job)
         return runs
 
     def cancel(self, ids: Iterable[JobId], *, signal: str | None = None, batch: bool = False) -> None:

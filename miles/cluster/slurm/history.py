@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from miles.cluster.slurm.commands import Slurm
 from miles.cluster.slurm.queue import onlooker
-from miles.cluster.slurm.states import Job
+from miles.cluster.slurm.states import Job, parse_job_id
 from miles.workflow.status import ClusterView, JobStatus
 
 
@@ -16,8 +16,9 @@ def with_history(view: ClusterView, connect: Callable[[], Slurm] = onlooker) -> 
     forgotten = [job for job in view.jobs if not job.state]
     if not forgotten:
         return view
-    runs = connect().accounted(job.job for job in forgotten)
-    return replace(view, jobs=[_remembered(job, runs.get(job.job, [])) if not job.state else job for job in view.jobs])
+    runs = connect().accounted(parse_job_id(job.name) for job in forgotten)
+    ends = {str(name): jobs for name, jobs in runs.items()}
+    return replace(view, jobs=[_remembered(job, ends.get(job.name, [])) if not job.state else job for job in view.jobs])
 
 
 def _remembered(job: JobStatus, runs: list[Job]) -> JobStatus:

@@ -166,6 +166,12 @@ JobId: TypeAlias = int | Element
 """What Slurm's commands call a job."""
 
 
+def parse_job_id(text: str) -> JobId:
+    """`12` or `53_3`. Raises ValueError for anything else."""
+    number, _, index = text.partition("_")
+    return Element(int(number), int(index)) if index else int(number)
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """One job, or one run of it (sacct). Times in Unix seconds; None: not known, none, or without limit."""
@@ -219,7 +225,9 @@ SQUEUE_FIELDS = (
 SQUEUE_FORMAT = ",".join(f"{field}:|" for field in SQUEUE_FIELDS)
 """For `squeue -O`: no width, so that nothing is cut off, and a separator after each. No field holds a user's text."""
 
-SACCT_FIELDS = ("JobIDRaw", "State", "Partition", "NNodes", "Submit", "Start", "End", "ExitCode", "NodeList", "Reason")
+SACCT_FIELDS = (
+    *("JobIDRaw", "JobID", "State", "Partition", "NNodes", "Submit", "Start", "End", "ExitCode", "NodeList", "Reason"),
+)
 SACCT_FORMAT = ",".join(SACCT_FIELDS)
 """For `sacct -P`."""
 
@@ -256,6 +264,7 @@ def parse_sacct(text: str) -> list[Job]:
             nodes=fields["NodeList"],
             count=fields["NNodes"],
             exit_code=fields["ExitCode"],
+            element=_element(*fields["JobID"].partition("_")[::2]),
         )
         for fields in _rows(text, SACCT_FIELDS)
     ]
