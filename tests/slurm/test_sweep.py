@@ -105,7 +105,9 @@ def test_a_sweep_of_four_runs_one_stopped_and_one_requeued(user: User) -> None:
     assert status["holder"]["job"] == status["cluster"]["jobs"][0]["job"] == first
     assert f"{first}_3" in user.miles("runs")
     user.miles("preempt", NAMES[3], "--grace", "60")
-    for name in (NAMES[0], NAMES[1], NAMES[3], "alone"):
+    finish = (NAMES[0], NAMES[1], NAMES[3], "alone")
+    user.until(lambda: all(user.run(name).done("report").exists() for name in finish), "not all are done", NAMES[3])
+    for name in finish:
         user.until_state("done", name)
     assert user.reasons(NAMES[3]) == [EndReason.PREEMPTED, EndReason.FINISHED]
     for name in (NAMES[0], NAMES[1]):
