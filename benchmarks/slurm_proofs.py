@@ -78,9 +78,10 @@ def main() -> None:
     name = "interruptions" if arguments.scenario == "timings" else arguments.scenario
     output = arguments.output or ROOT / "benchmarks" / "results" / f"slurm-{name}.json"
     with tempfile.TemporaryDirectory(prefix="slurm-") as temporary:
+        directory = arguments.directory or Path(temporary)
         scenario, steps = SCENARIOS[arguments.scenario]
-        records = scenario(arguments.directory or Path(temporary), arguments.seed, arguments.steps or steps)
-    output.write_text(json.dumps(records, indent=1) + "\n")
+        records = scenario(directory, arguments.seed, arguments.steps or steps)
+    output.write_text(json.dumps(records, indent=1).replace(f"{directory}/", "") + "\n")
     print(f"written to {output}")
     sys.exit(any(run["findings"] for run in records["runs"]))
 
