@@ -50,7 +50,7 @@ def test_a_run_that_dies_at_once_on_every_start_stops_and_says_of_what(slurm: Te
 def test_a_run_that_is_killed_and_got_further_goes_on(slurm: Testbed, tmp_path: Path) -> None:
     user = User(tmp_path, slurm)
     paths = user.run()
-    user.miles("submit", str(write_short_run(tmp_path, steps=100)))
+    user.miles("submit", str(write_short_run(tmp_path, steps=40)))
     job = user.job()
 
     user.until(lambda: last_step(paths, STAGE) >= 2, "no step is made")
