@@ -49,13 +49,13 @@ def check_all_inputs(runs: Iterable[tuple[RunConfig, RunPaths, Sequence[str]]]) 
     seen: set[str] = set()
     for config, paths, names in runs:
         wanted = [name for name in names if has_own_inputs(config, name)]
-        read = json.dumps([_what_is_read(config, name) for name in wanted])
+        read = json.dumps([what_is_read(config, name) for name in wanted])
         if wanted and read not in seen:
             check_inputs(config, paths, wanted)
             seen.add(read)
 
 
-def _what_is_read(config: RunConfig, name: str) -> list[Any]:
+def what_is_read(config: RunConfig, name: str) -> list[Any]:
     """All that the check of one step depends on."""
     step = config.steps[name]
     assert isinstance(step, CheckedStep)

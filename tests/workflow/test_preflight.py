@@ -14,7 +14,7 @@ from miles.config.schema import (
     TinyTaskStep,
 )
 from miles.runs.paths import RunPaths
-from miles.workflow.preflight import check_inputs, first_model, has_own_inputs
+from miles.workflow.preflight import check_inputs, first_model, has_own_inputs, what_is_read
 
 PROMPTS = DataSection(path="step:prepare/train.jsonl")
 
@@ -36,6 +36,17 @@ def test_model_that_a_step_builds_is_not_known_before():
     run = config(warmup=warmup, train=train)
     assert first_model(train, run) is None
     assert not has_own_inputs(run, "train") and not has_own_inputs(run, "prepare")
+
+
+def test_runs_of_a_sweep_are_told_apart_by_what_the_check_reads_alone():
+    def read(**changes):
+        step = RlStep(kind="rl", model=ModelSection(path="/hf"), data=PROMPTS)
+        sections = {name: getattr(step, name).model_copy(update=values) for name, values in changes.items()}
+        return what_is_read(config(train=step.model_copy(update=sections)), "train")
+
+    assert read() == read(train={"lr": 0.5}) == read(checkpoint={"every": 7}) == read(algorithm={"clip_low": 0.5})
+    for section, key in (("data", "path"), ("rollout", "max_response_tokens"), ("train", "max_tokens_per_micro_batch")):
+        assert read() != read(**{section: {key: "9"}})
 
 
 def test_any_file_model_or_grader_of_the_users_is_looked_at():
