@@ -6,7 +6,7 @@ import http.client
 from threading import Event, Thread
 from typing import Literal
 
-Route = Literal["/health", "/health_generate"]
+Route = Literal["/health", "/health_generate", "/model_info"]
 
 _REQUEST_SECONDS = 30.0
 """Longer than a busy server holds a request back before it says that it is busy."""
@@ -17,7 +17,9 @@ class HealthWatch:
     """Asks one server of this node in a thread of its own, so that a server that is slow to answer delays nobody.
 
     Until the first answer it asks for a token (`/health_generate`), which a server that still loads cannot give; then
-    only whether the server answers (`/health`), which it does while it is busy or its memory is released.
+    only whether the server answers (`/health`), which it does while it is busy or its memory is released. Neither needs
+    the run's token: before the first answer counts, the server must have taken it (`/model_info`), because a server of
+    another run may have come to this port first.
     """
 
     def __init__(self, host: str, port: int, token: str) -> None:
@@ -39,12 +41,15 @@ class HealthWatch:
         self._ended.set()
 
     def _ask(self) -> None:
-        route: Route = "/health_generate"
+        ours = False
         while not self._ended.is_set():
-            if answers(self._host, self._port, self._token, route):
-                route = "/health"
+            ours = ours or (self._answers("/health_generate") and self._answers("/model_info"))
+            if ours and self._answers("/health"):
                 self._answered.set()
             self._ended.wait(_PAUSE_SECONDS)
+
+    def _answers(self, route: Route) -> bool:
+        return answers(self._host, self._port, self._token, route)
 
 
 def answers(host: str, port: int, token: str, route: Route) -> bool:

@@ -19,13 +19,14 @@ arguments = parser.parse_args()
 behaviour = os.environ["STANDIN_ENGINE"]
 
 
-ROUTES = ("/health_generate", "/health")
+PUBLIC = ("/health_generate", "/health")
 
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         token = (arguments.run_dir / "secrets/engine-token").read_text().strip()
-        welcome = self.headers["Authorization"] == f"Bearer {token}" and self.path in ROUTES
+        known = self.headers["Authorization"] == f"Bearer {token}" and self.path == "/model_info"
+        welcome = known or self.path in PUBLIC
         self.send_response(200 if welcome else 401)
         self.end_headers()
 
