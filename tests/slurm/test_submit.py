@@ -86,7 +86,6 @@ def test_preempted_and_requeued_it_ends_with_the_same_bits(finished: User) -> No
     user.until_step(1, "preempted")
     user.bed.preempt(job)
     user.bed.wait_state(job, "PENDING", "RUNNING", restarts=1, seconds=SECONDS)
-    assert f"job {job}" in user.miles("explain", "preempted")
     user.until_step(3, "preempted")
     user.bed.run("scontrol", "requeue", job)
     user.until_state("done", "preempted")
