@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from miles.cluster.slurm.ids import parse_job_id
 from miles.cluster.slurm.site import NodeGroup, parse_config, parse_gpus, parse_node_groups, parse_partition
 from miles.cluster.slurm.states import (
     SACCT_FIELDS,
@@ -16,7 +17,6 @@ from miles.cluster.slurm.states import (
     JobState,
     duration,
     expand_nodes,
-    parse_job_id,
     parse_sacct,
     parse_scontrol_job,
     parse_squeue,

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from miles.cluster.slurm.environment import command_environment, job_environment
+from miles.cluster.slurm.ids import JobId
 from miles.cluster.slurm.site import NodeGroup, Partition, parse_config, parse_node_groups, parse_partition
 from miles.cluster.slurm.states import (
     SACCT_FORMAT,
     SQUEUE_FORMAT,
     Job,
-    JobId,
     parse_sacct,
     parse_scontrol_job,
     parse_squeue,

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from miles.cluster.slurm.commands import Slurm
+from miles.cluster.slurm.ids import parse_job_id
 from miles.cluster.slurm.queue import onlooker
-from miles.cluster.slurm.states import Job, parse_job_id
+from miles.cluster.slurm.states import Job
 from miles.workflow.status import ClusterView, JobStatus
 
 

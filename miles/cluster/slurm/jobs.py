@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 
-from miles.cluster.slurm.states import Element, JobId
+from miles.cluster.slurm.ids import Element, JobId
 from miles.runs.files import append_json, read_json_lines
 from miles.runs.paths import RunPaths
 

@@ -11,7 +11,8 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TypeAlias
+
+from miles.cluster.slurm.ids import Element, JobId
 
 
 class JobState(StrEnum):
@@ -145,31 +146,6 @@ def _state(word: str) -> JobState:
     if name in JobState.__members__:
         return JobState[name]
     return _COMPACT.get(name) or _OTHER.get(name) or JobState.UNKNOWN
-
-
-@dataclass(frozen=True, slots=True)
-class Element:
-    """One element of a job array, as Slurm's commands take it: `53_3`.
-
-    Its number as a job comes when Slurm takes it out of the array, and the last element has the array's own: given to a
-    command, that number would mean all of them.
-    """
-
-    array: int
-    index: int
-
-    def __str__(self) -> str:
-        return f"{self.array}_{self.index}"
-
-
-JobId: TypeAlias = int | Element
-"""What Slurm's commands call a job."""
-
-
-def parse_job_id(text: str) -> JobId:
-    """`12` or `53_3`. Raises ValueError for anything else."""
-    number, _, index = text.partition("_")
-    return Element(int(number), int(index)) if index else int(number)
 
 
 @dataclass(frozen=True, slots=True)

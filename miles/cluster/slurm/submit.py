@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from miles.cluster.slurm.commands import Slurm
+from miles.cluster.slurm.ids import JobId
 from miles.cluster.slurm.jobs import JobKind, JobRecord, append_job, read_jobs
 from miles.cluster.slurm.queue import SubmittedJob, ask_all
 from miles.cluster.slurm.render import check_script, render_job
 from miles.cluster.slurm.spec import job_spec
-from miles.cluster.slurm.states import JobId
 from miles.config.load import load_resolved
 from miles.config.schema import RunConfig
 from miles.errors import MilesError, RunError
