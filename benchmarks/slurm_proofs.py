@@ -43,6 +43,7 @@ sys.path.insert(0, str(ROOT))
 from agreement import machine  # noqa: E402
 from slurm_timings import Interruption, Kind, interrupt, summary  # noqa: E402
 
+from miles.runs.attempts import EndReason  # noqa: E402
 from miles.runs.journal.show import show_steps  # noqa: E402
 from miles.runs.metrics import read_metrics  # noqa: E402
 from miles.runs.paths import RunPaths  # noqa: E402
@@ -53,7 +54,6 @@ from tests.slurm.torment import (  # noqa: E402
     LEAD_MINUTES,
     SHORT_MINUTES,
     Blow,
-    Struck,
     Torment,
     ledger,
     ledger_findings,
@@ -270,6 +270,10 @@ def one_old_attempt(user: User, name: str, *, frozen: bool) -> Record:
     ]
     if not words:
         findings.append("the old attempt does not say why it ended")
+    # Frozen, nobody is left to write what Slurm says into the job's output.
+    reasons = [attempt.reason for attempt in stage_attempts(paths)]
+    if reasons != [EndReason.KILLED if frozen else EndReason.NODE_FAILURE, EndReason.FINISHED]:
+        findings.append(f"the ledger says {reasons}")
     for node in old.place.nodes:
         bed.start_node(node)
     bed.reset()
@@ -281,7 +285,7 @@ def one_old_attempt(user: User, name: str, *, frozen: bool) -> Record:
         "changed_after_the_run_was_done": changed,
         "its_words": words,
         "ledger": ledger(paths),
-        "findings": findings + user.settled(paths) + ledger_findings(paths, [Struck(Blow.NODE, old.number, 0, 0.0)]),
+        "findings": findings + user.settled(paths),
     }
 
 

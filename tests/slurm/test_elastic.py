@@ -39,7 +39,7 @@ def test_it_takes_the_nodes_that_there_are_and_keeps_its_curve(
     assert (first.reason, second.reason) == (EndReason.PREEMPTED, EndReason.FINISHED)
     assert first.place and len(first.place.nodes) == 1
     assert second.place and len(second.place.nodes) == 2
-    assert second.note.endswith("now with 2 ranks on 2 nodes, before with 1 rank on 1 node")
+    assert second.note.endswith("now with 2 ranks on 2 nodes, before with 1 rank on 1")
     distances = curve_distance(paths, user.run())
     assert max(distances.values()) <= TOLERANCE, distances
     assert unsound(paths) == []

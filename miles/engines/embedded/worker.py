@@ -48,6 +48,8 @@ class EngineWorker:
         future: Future[T] = Future()
 
         def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return  # who asked has gone
             try:
                 future.set_result(command(self.scheduler))
             except Exception as error:
