@@ -16,7 +16,7 @@ from slurm.testbed import Testbed
 from slurm.user import User, differences, unsound
 from tests.chaos.run import GRADER, STAGE
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 """A minute on an idle machine, many on one that others share."""
 
 TASK = """
@@ -106,7 +106,8 @@ def test_a_sweep_of_four_runs_one_stopped_and_one_requeued(user: User) -> None:
     assert f"{first}_3" in user.miles("runs")
     user.miles("preempt", NAMES[3], "--grace", "60")
     finish = (NAMES[0], NAMES[1], NAMES[3], "alone")
-    user.until(lambda: all(user.run(name).done("report").exists() for name in finish), "not all are done", NAMES[3])
+    reports = [user.run(name).done("report") for name in finish]
+    user.until(lambda: all(report.exists() for report in reports), "not all are done", NAMES[3], seconds=900.0)
     for name in finish:
         user.until_state("done", name)
     assert user.reasons(NAMES[3]) == [EndReason.PREEMPTED, EndReason.FINISHED]
