@@ -86,7 +86,8 @@ class Supervision:
     def end(self) -> None:
         """End every process that is left: engines last, because ranks collect from them what was generated."""
         terminate(self._ranks, grace=END_GRACE_SECONDS, hurry=self._in_a_hurry)
-        self._engines.end(grace=END_GRACE_SECONDS, hurry=self._in_a_hurry)
+        # They have nothing left to say, and the time of a job that was asked to end is counted.
+        self._engines.end(grace=0.0 if self._stop.requested else END_GRACE_SECONDS, hurry=self._in_a_hurry)
 
     def lead(self, peers: Followers) -> None:
         """On the head: return when all ranks of all nodes have ended well, else raise what ended the step."""
