@@ -12,7 +12,7 @@ TEST_WORKERS ?= 2
 KILLS ?= 20
 BACKEND ?= megatron
 
-PYTEST = $(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+PYTEST = $(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist loadfile
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
@@ -31,11 +31,11 @@ quickstart: $(INSTALLED) ## Train a tiny model on this machine and write its rep
 
 install: $(INSTALLED) ## Create the virtual environment and install Miles into it
 
-test: $(INSTALLED_DEV) ## Run the tests
-	$(PYTEST)
+test: $(INSTALLED_DEV) ## Run the tests, but for those on Slurm that take minutes each
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
-test-slurm: $(INSTALLED_DEV) ## Run the tests on a real Slurm, started on this machine (slurmctld slurmd slurm-client munge)
-	$(PYTEST) tests/slurm
+test-slurm: $(INSTALLED_DEV) ## Run all tests on a real Slurm, started on this machine (slurmctld slurmd slurm-client munge)
+	$(PYTEST) tests/slurm $(PYTEST_ARGS)
 
 lint: $(INSTALLED_DEV) ## Check style, types and shell files; changes nothing
 	$(BIN)/ruff check .

@@ -19,10 +19,13 @@ from typing import Any
 
 import psutil
 
+from miles.cluster.slurm.jobs import read_jobs
 from miles.config.load import load_resolved
 from miles.config.schema import EvalStep, ReportStep, RlStep, RunConfig, SftStep, TinyTaskStep
 from miles.reports.charts import Chart, stage_charts
+from miles.reports.timeline import Timeline, timeline_of
 from miles.runs.attempts import Attempt, read_attempts
+from miles.runs.claim import current_holder
 from miles.runs.metrics import MetricsLine, read_metrics
 from miles.runs.paths import STEP_PREFIX, RunPaths
 from miles.runs.samples import SampleRecord, read_samples, sampled_steps
@@ -111,6 +114,8 @@ class Content:
     stages: list[Stage]
     results: list[Result]
     attempts: list[Attempt]
+    timeline: Timeline | None
+    """None: nothing was started."""
     config: str
     """The resolved run file as text."""
 
@@ -121,9 +126,11 @@ def read_content(paths: RunPaths, *, now: float | None = None) -> Content:
     lines = read_metrics(paths)
     reports = {name for name, step in config.steps.items() if isinstance(step, ReportStep)}
     attempts = [attempt for attempt in read_attempts(paths) if attempt.step not in reports]
+    now = time.time() if now is None else now
+    holder = current_holder(paths)
     return Content(
         name=config.name,
-        written=time.time() if now is None else now,
+        written=now,
         facts=[*_run_facts(config), *_attempt_facts(attempts), *_machine_facts(attempts)],
         stages=[
             _stage(paths, name, step, lines)
@@ -136,6 +143,10 @@ def read_content(paths: RunPaths, *, now: float | None = None) -> Content:
             if isinstance(step, EvalStep) and (paths.step(name) / "results.json").exists()
         ],
         attempts=attempts,
+        # Of a job only Slurm knows whether it runs, and nobody asks it here.
+        timeline=timeline_of(
+            attempts, read_jobs(paths), lines, running_at=now if holder is not None and holder.job is None else None
+        ),
         config=paths.config.read_text(encoding="utf-8"),
     )
 

@@ -19,7 +19,7 @@ from miles.reports.charts import Chart, Series, Style
 
 SERIES_COLOURS = ("#2463eb", "#d9680a", "#0d8f7c", "#8a4fe0", "#c9347f", "#7a8594", "#a88600", "#3f7d20")
 """Distinct to colour-blind eyes in this order; the page has a lighter set for dark screens, by position."""
-INK, GRID = "#1b2430", "#dde2e9"
+INK, GRID, PAPER = "#1b2430", "#dde2e9", "#ffffff"
 
 _WIDTH, _HEIGHT = 5.9, 3.0
 """Inches of 72 points: the width of a card on a desktop, so that its text is drawn nearly at size."""
@@ -28,7 +28,7 @@ _BOX, _BOX_TITLED = (0.115, 0.165, 0.865, 0.77), (0.13, 0.165, 0.85, 0.64)
 ten times as long as the drawing."""
 _MARKER_LIMIT = 25
 """Up to that many points each gets a marker."""
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.size": 11,
     "axes.edgecolor": GRID,
     "axes.labelcolor": INK,
@@ -65,7 +65,7 @@ class Picture:
 
 def draw(chart: Chart) -> Picture:
     """Draw a chart once, save it twice."""
-    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": f"{chart.stage}/{chart.key}"}):
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": f"{chart.stage}/{chart.key}"}):
         figure = Figure(figsize=(_WIDTH, _HEIGHT))
         axes = figure.add_axes(_BOX)
         _plot(axes, chart)
@@ -92,7 +92,7 @@ def draw(chart: Chart) -> Picture:
     left, bottom, width, height = _BOX
     right, top = left + width, bottom + height
     box = (left * _WIDTH * 72, (1 - top) * _HEIGHT * 72, right * _WIDTH * 72, (1 - bottom) * _HEIGHT * 72)
-    return Picture(_themed(svg.getvalue()), box, first_step, last_step, png.getvalue())
+    return Picture(themed(svg.getvalue(), _WIDTH, _HEIGHT), box, first_step, last_step, png.getvalue())
 
 
 def _plot(axes: Axes, chart: Chart) -> None:
@@ -161,11 +161,11 @@ def _scale(axes: Axes, chart: Chart) -> None:
             axes.set_ylim(0, 1 if zero else None)
 
 
-def _themed(svg: str) -> str:
-    """Colours by name, so that the page's light and dark variables apply; size by the page."""
+def themed(svg: str, width: float, height: float) -> str:
+    """Colours by name, so that the page's light and dark variables apply; of its size in inches only the shape is kept."""
     names = {colour: f"var(--series-{i})" for i, colour in enumerate(SERIES_COLOURS, start=1)}
-    for colour, variable in (names | {INK: "var(--ink)", GRID: "var(--grid)"}).items():
+    for colour, variable in (names | {INK: "var(--ink)", GRID: "var(--grid)", PAPER: "var(--card)"}).items():
         svg = svg.replace(colour, variable)
     body = svg[svg.index("<svg") :].partition(">")[2]
-    view_box = f'viewBox="0 0 {_WIDTH * 72:g} {_HEIGHT * 72:g}"'
+    view_box = f'viewBox="0 0 {width * 72:g} {height * 72:g}"'
     return f'<svg xmlns="http://www.w3.org/2000/svg" {view_box} aria-hidden="true">{body}'

@@ -54,10 +54,13 @@ def write_report(run_dir: Path) -> Path:
     """
     check_report()
     from miles.reports.figures import draw
+    from miles.reports.timeline_figure import draw_timeline
 
     content = read_content(RunPaths(run_dir))
     charts = [chart for stage in content.stages for chart in stage.charts]
     pictures = {(chart.stage, chart.key): draw(chart) for chart in charts}
+    several = content.timeline is not None and len(content.timeline.bars) > 1
+    timeline = draw_timeline(content.timeline) if content.timeline is not None and several else None
 
     directory = run_dir / "report"
     with disk_errors(directory):
@@ -66,13 +69,15 @@ def write_report(run_dir: Path) -> Path:
             old.unlink()
         for (stage, key), picture in pictures.items():
             (directory / f"{stage}-{key}.png").write_bytes(picture.png)
+        if timeline is not None:
+            (directory / "attempts.png").write_bytes(timeline[1])
     file = directory / "report.html"
-    write_atomic(file, render(content, pictures))
+    write_atomic(file, render(content, pictures, timeline[0] if timeline else ""))
     return file
 
 
-def render(content: Content, pictures: dict[tuple[str, str], Picture]) -> str:
-    """The page as text. `pictures` holds those of all charts by (stage, key)."""
+def render(content: Content, pictures: dict[tuple[str, str], Picture], timeline: str) -> str:
+    """The page as text. `pictures` holds those of all charts by (stage, key), `timeline` is SVG, or empty: not drawn."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("miles.reports", "."),
         autoescape=True,
@@ -83,6 +88,7 @@ def render(content: Content, pictures: dict[tuple[str, str], Picture]) -> str:
     environment.filters["number"] = format_number
     environment.filters["signed"] = _signed
     environment.filters["date"] = _date
+    environment.filters["second"] = _second
     environment.filters["duration"] = format_duration
     environment.filters["cut"] = _cut
     # Reinforcement learning first: its reward is what a reader came for.
@@ -93,6 +99,8 @@ def render(content: Content, pictures: dict[tuple[str, str], Picture]) -> str:
         evaluated=[stage for stage in stages if stage.evaluation],
         tiles=_tiles(content, stages),
         pictures=pictures,
+        timeline=content.timeline,
+        timeline_picture=timeline,
         hover_data=_hover_data,
     )
 
@@ -110,6 +118,10 @@ def _signed(value: float) -> str:
 
 def _date(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+
+
+def _second(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
 def _tiles(content: Content, stages: list[Stage]) -> list[Tile]:

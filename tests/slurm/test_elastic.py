@@ -13,7 +13,7 @@ from slurm.torment import stage_attempts
 from slurm.user import User, curve_distance, unsound
 from tests.chaos.run import Case
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 TOLERANCE = 1e-4
 """Of a metric, relative to its largest value: sums of float32 over other numbers of ranks."""
 

@@ -47,6 +47,7 @@ def test_a_run_that_dies_at_once_on_every_start_stops_and_says_of_what(slurm: Te
     assert reasons(user) == [EndReason.OUT_OF_MEMORY] * 2 + [EndReason.FINISHED]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_and_got_further_goes_on(slurm: Testbed, tmp_path: Path) -> None:
     user = User(tmp_path, slurm)
     paths = user.run()

@@ -31,7 +31,7 @@ from slurm.testbed import Testbed
 from slurm.user import User
 from tests.chaos.run import STAGE, Case
 
-pytestmark = pytest.mark.timeout(1500)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 CASE = Case("fsdp", steps=60, checkpoint_every=2, eval_every=100, hidden_size=64)
 SECRETS = {"HF_TOKEN": "hf_thisisnobodyelses", "WANDB_API_KEY": "wandbthisisnobodyelses"}
 

@@ -16,7 +16,7 @@ from slurm.testbed import Testbed
 from slurm.user import User, differences, unsound
 from tests.chaos.run import GRADER, STAGE
 
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 """A minute on an idle machine, many on one that others share."""
 
 TASK = """
