@@ -162,7 +162,7 @@ def _scale(axes: Axes, chart: Chart) -> None:
 
 
 def themed(svg: str, width: float, height: float) -> str:
-    """Colours by name, so that the page's light and dark variables apply; of its size in inches only the shape is kept."""
+    """Colours by name, so that the page's light and dark variables apply; of the inches only the shape counts."""
     names = {colour: f"var(--series-{i})" for i, colour in enumerate(SERIES_COLOURS, start=1)}
     for colour, variable in (names | {INK: "var(--ink)", GRID: "var(--grid)", PAPER: "var(--card)"}).items():
         svg = svg.replace(colour, variable)

@@ -77,7 +77,7 @@ def write_report(run_dir: Path) -> Path:
 
 
 def render(content: Content, pictures: dict[tuple[str, str], Picture], timeline: str) -> str:
-    """The page as text. `pictures` holds those of all charts by (stage, key), `timeline` is SVG, or empty: not drawn."""
+    """The page as text. `pictures` holds those of all charts by (stage, key), `timeline` is SVG, or empty."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("miles.reports", "."),
         autoescape=True,
