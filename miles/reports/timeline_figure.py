@@ -21,8 +21,10 @@ from miles.reports.content import format_duration
 from miles.reports.figures import INK, PAPER, SERIES_COLOURS, STYLE, themed
 from miles.reports.timeline import Bar, Timeline
 
-_WIDTH, _LEFT, _RIGHT = 11.8, 0.95, 0.25
+_WIDTH, _RIGHT = 11.8, 0.25
 """Inches of 72 points, the margins included: two of the other figures."""
+_LONGEST_NAME = 28
+"""Characters of a step's name that are shown."""
 _STEPS, _LANE, _FOOT, _GAP, _HEAD, _TITLE = 1.5, 0.5, 0.55, 0.16, 0.1, 0.75
 """Inches: the curve, one lane, what is below, what is between, what is above, and what is above with a title."""
 _DAY = 86400.0
@@ -42,7 +44,7 @@ def draw_timeline(timeline: Timeline) -> tuple[str, bytes]:
         height = titled.get_figheight()
         titled.text(0.1 / _WIDTH, 1 - 0.12 / height, "Attempts", va="top", fontsize=12, fontweight="bold")
         patches = [Patch(color=SERIES_COLOURS[end.colour - 1], label=end.label) for end in timeline.endings]
-        place = (_LEFT / _WIDTH, 1 - (_TITLE - 0.02) / height)
+        place = (_left(timeline) / _WIDTH, 1 - (_TITLE - 0.02) / height)
         titled.legend(handles=patches, loc="lower left", bbox_to_anchor=place, ncols=7, frameon=False, fontsize=9)
         titled.savefig(png, format="png", dpi=200)
     text = themed(svg.getvalue(), _WIDTH, figure.get_figheight())
@@ -52,13 +54,19 @@ def draw_timeline(timeline: Timeline) -> tuple[str, bytes]:
     return text, png.getvalue()
 
 
+def _left(timeline: Timeline) -> float:
+    """Inches of the margin that holds the names of the lanes."""
+    longest = max(len(step) for step in timeline.lanes)
+    return max(0.95, 0.25 + 0.09 * min(_LONGEST_NAME, longest))
+
+
 def _plot(timeline: Timeline, head: float) -> Figure:
     lanes = timeline.lanes
     upper = _STEPS + _GAP if timeline.reached else 0.0
     height = head + upper + _LANE * len(lanes) + _FOOT
     figure = Figure(figsize=(_WIDTH, height))
-    width = (_WIDTH - _LEFT - _RIGHT) / _WIDTH
-    axes = figure.add_axes((_LEFT / _WIDTH, _FOOT / height, width, _LANE * len(lanes) / height))
+    left, width = _left(timeline) / _WIDTH, 1 - (_left(timeline) + _RIGHT) / _WIDTH
+    axes = figure.add_axes((left, _FOOT / height, width, _LANE * len(lanes) / height))
     # A run of an instant still needs an axis with a length.
     span = max(timeline.wall, 1.0)
     axes.set_xlim((timeline.started - 0.005 * span) / _DAY, (timeline.started + 1.005 * span) / _DAY)
@@ -66,7 +74,7 @@ def _plot(timeline: Timeline, head: float) -> Figure:
     _date(axes)
     if timeline.reached:
         bottom = (_FOOT + _LANE * len(lanes) + _GAP) / height
-        _draw_steps(figure.add_axes((_LEFT / _WIDTH, bottom, width, _STEPS / height), sharex=axes), timeline)
+        _draw_steps(figure.add_axes((left, bottom, width, _STEPS / height), sharex=axes), timeline)
     return figure
 
 
@@ -74,8 +82,15 @@ def _date(axes: Axes) -> None:
     """Matplotlib counts days since 1970; shown in the time zone of whoever writes the report."""
     locator = AutoDateLocator(tz=tzlocal(), minticks=4, maxticks=10)
     axes.xaxis.set_major_locator(locator)
-    offsets = ["", "%Y", "%Y-%m", "%Y-%m-%d", "%Y-%m-%d", "%Y-%m-%d %H:%M"]
-    axes.xaxis.set_major_formatter(ConciseDateFormatter(locator, tz=tzlocal(), offset_formats=offsets))
+    formatter = ConciseDateFormatter(
+        locator,
+        tz=tzlocal(),
+        # By what the ticks count: years, months, days, hours, minutes, seconds; and for the first of each.
+        formats=["%Y", "%Y-%m", "%m-%d", "%H:%M", "%H:%M", "%S.%f"],
+        zero_formats=["", "%Y", "%m-%d", "%m-%d", "%H:%M", "%H:%M"],
+        offset_formats=["", "", "%Y", "%Y-%m-%d", "%Y-%m-%d", "%Y-%m-%d %H:%M"],
+    )
+    axes.xaxis.set_major_formatter(formatter)
 
 
 def _draw_steps(axes: Axes, timeline: Timeline) -> None:
@@ -89,10 +104,18 @@ def _draw_steps(axes: Axes, timeline: Timeline) -> None:
         begun, until = min(bar.attempt.started for bar in own), max(bar.until for bar in own)
         times = [begun, *(time for time, _ in points), until]
         steps = [0 if points[0][1] == 1 else points[0][1] - 1, *(step for _, step in points), points[-1][1]]
-        axes.step([time / _DAY for time in times], steps, where="post", color=INK, linewidth=1.6, clip_on=False)
+        axes.step(
+            [time / _DAY for time in times], steps, where="post", color=INK, linewidth=1.6, clip_on=False, zorder=3
+        )
         if len(timeline.reached) > 1:
+            early = times[-2] - timeline.started < timeline.wall / 4
             axes.annotate(
-                stage, (times[-2] / _DAY, steps[-1]), (-4, 2), textcoords="offset points", ha="right", fontsize=9
+                stage,
+                (times[-2] / _DAY, steps[-1]),
+                (4 if early else -4, 3),
+                textcoords="offset points",
+                ha="left" if early else "right",
+                fontsize=9,
             )
     axes.set_ylim(0, None)
 
@@ -102,13 +125,15 @@ def _draw_lanes(axes: Axes, timeline: Timeline, span: float) -> None:
     axes.grid(axis="x")
     axes.set_axisbelow(True)
     axes.set_ylim(len(lanes) - 0.5, -0.5)
-    axes.set_yticks(list(lanes.values()), list(lanes))
+    names = [step if len(step) <= _LONGEST_NAME else f"{step[: _LONGEST_NAME - 3]}..." for step in lanes]
+    axes.set_yticks(list(lanes.values()), names)
     for wait in timeline.waits:
         ends = (wait.started / _DAY, wait.until / _DAY)
         lane = lanes[wait.step]
-        axes.plot(ends, (lane, lane), color=INK, linewidth=1.2, linestyle="-" if wait.queued else (0, (1, 3)))
+        style = "-" if wait.queued else (0, (1, 3))
+        axes.plot(ends, (lane, lane), color=INK, linewidth=1.2, linestyle=style, zorder=0.9)
     most = max(bar.nodes for bar in timeline.bars)
-    points = (_WIDTH - _LEFT - _RIGHT) * 72 / (1.01 * span)
+    points = (_WIDTH - _left(timeline) - _RIGHT) * 72 / (1.01 * span)
     for bar in timeline.bars:
         height = 0.3 + 0.5 * bar.nodes / most
         width = max(bar.until - bar.attempt.started, _NARROWEST * span)
