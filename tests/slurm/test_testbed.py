@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from slurm.testbed import Testbed, load, wait_text
@@ -32,7 +33,9 @@ def test_node_that_is_declared_down_requeues_its_job_and_comes_back(slurm: Testb
 def test_killed_slurmd_is_started_again_by_the_cleaning(slurm: Testbed) -> None:
     slurm.kill_node("n3")
     slurm.reset()
-    assert slurm.run("srun", "-w", "n3", "hostname")
+    # What the controller has not yet heard of the new one, its first launch may stumble over.
+    while not slurm.run("srun", "-w", "n3", "hostname", check=False):
+        time.sleep(0.5)
 
 
 def test_loaded_from_its_directory_it_is_the_same_cluster(slurm: Testbed) -> None:
