@@ -113,7 +113,6 @@ class Content:
     facts: list[tuple[str, str]]
     stages: list[Stage]
     results: list[Result]
-    attempts: list[Attempt]
     timeline: Timeline | None
     """None: nothing was started."""
     config: str
@@ -142,7 +141,6 @@ def read_content(paths: RunPaths, *, now: float | None = None) -> Content:
             for name, step in config.steps.items()
             if isinstance(step, EvalStep) and (paths.step(name) / "results.json").exists()
         ],
-        attempts=attempts,
         # Of a job only Slurm knows whether it runs, and nobody asks it here.
         timeline=timeline_of(
             attempts, read_jobs(paths), lines, running_at=now if holder is not None and holder.job is None else None
@@ -240,7 +238,8 @@ def _source(config: RunConfig, reference: str) -> Any:
 def _attempt_facts(attempts: list[Attempt]) -> list[tuple[str, str]]:
     if not attempts:
         return []
-    seconds = sum(attempt.ended - attempt.started for attempt in attempts if attempt.ended is not None)
+    # A clock that was set back makes no working time of its own.
+    seconds = sum(max(0.0, attempt.ended - attempt.started) for attempt in attempts if attempt.ended is not None)
     repeated = len(attempts) - len({attempt.step for attempt in attempts})
     again = f", {repeated} of them repeated a step" if repeated else ""
     return [

@@ -141,9 +141,10 @@ def _tiles(content: Content, stages: list[Stage]) -> list[Tile]:
         break
     trained = [stage for stage in stages if stage.steps_planned is not None]
     tiles += [Tile(f"Steps of {s.name}", str(s.steps_done), detail=f"of {s.steps_planned}") for s in trained]
-    seconds = [attempt.ended - attempt.started for attempt in content.attempts if attempt.ended is not None]
+    bars = content.timeline.bars if content.timeline else []
+    seconds = [bar.seconds for bar in bars if bar.seconds is not None]
     if seconds:
-        number = len(content.attempts)
+        number = len(bars)
         detail = f"in {number} attempt{'s' if number > 1 else ''}"
         tiles.append(Tile("Working time", format_duration(sum(seconds)), detail=detail))
     return tiles
