@@ -85,13 +85,10 @@ class WeightSync:
 
     def _send_bucket(self, bucket: Bucket, version: int, *, flush_cache: bool) -> None:
         handles = self._handles(bucket)
-        if handles is None:
-            return
-        per_engine = len(handles) // self._engines if bucket.buffer.is_cuda else 0
 
         def body(engine: int) -> dict:
             return {
-                "serialized_named_tensors": handles[engine * per_engine : (engine + 1) * per_engine] or handles,
+                "serialized_named_tensors": handles[engine],
                 "load_format": "flattened_bucket",
                 "flush_cache": flush_cache,
                 "weight_version": str(version),
@@ -101,14 +98,18 @@ class WeightSync:
             if not answer.get("success"):
                 raise EngineError(f"engine {engine} refused weights of version {version}: {answer.get('message')}")
 
-    def _handles(self, bucket: Bucket) -> list[str] | None:
-        """On rank 0, one handle per trainer rank (GPU) or one for all (CPU)."""
+    def _handles(self, bucket: Bucket) -> dict[int, list[str]]:
+        """On rank 0, what each engine that is there receives: a handle of each of its trainer ranks; on a CPU, one."""
         if not bucket.buffer.is_cuda:
-            return [bucket.dumps()] if self._post is not None else None
+            # One each: torch counts the receivers of a handle, and removes the file after as many.
+            return {engine: [bucket.dumps()] for engine in self._reached} if self._post is not None else {}
         torch.cuda.synchronize()
         gathered: list[str] | None = [""] * dist.get_world_size() if dist.get_rank() == 0 else None
         dist.gather_object(bucket.dumps(), gathered, dst=0)
-        return gathered
+        if gathered is None:
+            return {}
+        per_engine = len(gathered) // self._engines
+        return {engine: gathered[engine * per_engine : (engine + 1) * per_engine] for engine in self._reached}
 
     def _send(self, path: str, body: Callable[[int], dict]) -> list[tuple[int, dict]]:
         """POST body(engine) to every engine that is still there; the answers of those that remain."""

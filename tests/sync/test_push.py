@@ -76,8 +76,8 @@ class Calls:
         return self.runner.run(self.client.generate(self.engines[1], responses, params))
 
 
-def sync_of(post, dtype=torch.float32):
-    return WeightSync(post, engines=2, dtype=dtype, bucket_bytes=BUCKET_BYTES, verify=True)
+def sync_of(post, dtype=torch.float32, engines=2):
+    return WeightSync(post, engines=engines, dtype=dtype, bucket_bytes=BUCKET_BYTES, verify=True)
 
 
 def named_weights(model):
@@ -95,6 +95,18 @@ def test_pushed_weights_are_held_bit_for_bit_and_used(trained, calls):
         logits = trained(tokens).logits[0, len(PROMPT) - 1 : -1] / 0.7
         expected = logits.log_softmax(-1).gather(1, tokens[0, len(PROMPT) :, None])[:, 0]
         torch.testing.assert_close(torch.tensor(generation.log_probs), expected, atol=1e-5, rtol=0)
+
+
+def test_engines_that_read_late_find_the_bucket(trained, calls):
+    """Each of four waits until those before it have read and let go; two processes play them."""
+
+    def one_after_the_other(path, bodies, engines):
+        if path != "/update_weights_from_tensor":
+            return calls.post(path, bodies[:2], engines[:2]) * 2
+        return [calls.post(path, [body], [engine % 2])[0] for body, engine in zip(bodies, engines, strict=True)]
+
+    stats = sync_of(one_after_the_other, engines=4).push(named_weights(trained), version=7, engines=[0, 1, 2, 3])
+    assert stats.reached == (0, 1, 2, 3)
 
 
 def test_a_bucket_that_does_not_arrive_is_noticed(trained, calls):
