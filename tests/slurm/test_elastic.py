@@ -14,8 +14,9 @@ from slurm.user import User, curve_distance, unsound
 from tests.chaos.run import Case
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-TOLERANCE = 1e-4
-"""Of a metric, relative to its largest value: sums of float32 over other numbers of ranks."""
+TOLERANCE = 1e-3
+"""Of a metric, relative to its largest value: sums of float32 over other numbers of ranks. Over 30 steps on 2, 4, 3 and
+1 ranks the gradient's norm was 1e-4 away, the loss 4e-6 (benchmarks/results/slurm-elastic.json)."""
 
 
 def test_it_takes_the_nodes_that_there_are_and_keeps_its_curve(

@@ -113,7 +113,8 @@ def unsound(paths: RunPaths) -> list[str]:
 def curve_distance(paths: RunPaths, reference: RunPaths) -> dict[str, float]:
     """How far a run on other numbers of ranks is from the undisturbed one, in the worst step of the stage.
 
-    Of each metric that is no measurement of time, relative to its largest value in the undisturbed run.
+    Of each metric that is no measurement of time, and not of rounding itself (`mismatch/`), relative to its largest
+    value in the undisturbed run.
     """
     mine, other = (
         {line.step: line.values for line in read_metrics(each) if line.stage == STAGE} for each in (paths, reference)
@@ -121,7 +122,7 @@ def curve_distance(paths: RunPaths, reference: RunPaths) -> dict[str, float]:
     assert mine.keys() == other.keys(), f"steps {sorted(mine)}, undisturbed {sorted(other)}"
     names = set.intersection(*(set(values) for step, values in other.items() if step > 0))
     distances = {}
-    for name in sorted(name for name in names if not name.startswith(NOT_COMPARED)):
+    for name in sorted(name for name in names if not name.startswith((*NOT_COMPARED, "mismatch/"))):
         pairs = [(mine[step][name], values[name]) for step, values in other.items() if step > 0]
         scale = max(abs(value) for _, value in pairs)
         distances[name] = max(abs(value - twin) for value, twin in pairs) / (scale or 1.0)
