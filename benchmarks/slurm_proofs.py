@@ -169,7 +169,9 @@ def elastic(directory: Path, seeds: list[int], steps: int) -> Record:
     with cluster(directory, grace=10) as bed:
         user, document = undisturbed(directory, bed, steps)
         paths = user.fork("elastic", 'slurm.nodes="2-4"', "slurm.exclusive=true")
-        others = bed.sbatch("#!/bin/bash\nsleep 3600\n", "-p", "high", "--exclusive", "-N2", "-w", "n3,n4")
+        others = bed.sbatch(
+            "#!/bin/bash\nsleep 3600\n", "-o", "/dev/null", "-p", "high", "--exclusive", "-N2", "-w", "n3,n4"
+        )
         bed.wait_state(others, "RUNNING")
         user.miles("resume", "elastic")
         job = user.job("elastic")

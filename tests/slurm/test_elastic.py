@@ -28,7 +28,9 @@ def test_it_takes_the_nodes_that_there_are_and_keeps_its_curve(
     user.until_state("done")
 
     paths = user.fork("grown", 'slurm.nodes="1-2"')
-    others = user.bed.sbatch("#!/bin/bash\nsleep 600\n", "-p", "high", "--exclusive", "-N3", "-w", "n[2-4]")
+    others = user.bed.sbatch(
+        "#!/bin/bash\nsleep 600\n", "-o", "/dev/null", "-p", "high", "--exclusive", "-N3", "-w", "n[2-4]"
+    )
     user.bed.wait_state(others, "RUNNING")
     user.miles("resume", "grown")
     user.until_step(1, "grown")
