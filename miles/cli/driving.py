@@ -77,7 +77,7 @@ def refuse_if_busy(runs: Sequence[RunPaths]) -> None:
 
     A job that ended without a word leaves its claim, which processes elsewhere cannot judge: it is released here.
     """
-    from miles.runs.claim import Claim, current_holder, refuse_if_held
+    from miles.runs.claim import Claim, current_holder, refuse_any_held
 
     submitted = [paths for paths in runs if on_slurm(paths)]
     if submitted:
@@ -93,8 +93,7 @@ def refuse_if_busy(runs: Sequence[RunPaths]) -> None:
         for paths in held:
             with Claim.acquire(paths, live_jobs=live):
                 pass
-    for paths in runs:
-        refuse_if_held(paths)
+    refuse_any_held(runs)
 
 
 def introduce(prepared: Prepared, console: Console) -> None:

@@ -49,6 +49,7 @@ def show_plan(config: RunConfig, paths: RunPaths, console: Console, *, file: Pat
 
 def show_arrays(plan: ArrayPlan, console: Console, *, command: str) -> None:
     """The same for a sweep, as `command` would submit it: each array with its runs."""
+    from miles.cluster.slurm.arrays import job_specs
     from miles.cluster.slurm.render import render_array
 
     console.print(
@@ -58,11 +59,9 @@ def show_arrays(plan: ArrayPlan, console: Console, *, command: str) -> None:
         names = ", ".join(member.paths.root.name for member in group.members)
         console.print(f"{len(group.members)} runs: {names}", markup=False, soft_wrap=True)
         for job in group.jobs:
-            spec = plan.spec(group.members, job.step)
+            spec = plan.spec(job_specs(group.members, job.step))
             after = _after(job, group.jobs, " of the same run")
-            runs = (
-                f"{shlex.join(spec.job.command)}, and so on" if len(group.members) > 1 else shlex.join(spec.job.command)
-            )
+            runs = shlex.join(spec.job.command) + ", and so on" * (len(group.members) > 1)
             _show(job.step, after, runs, render_array(spec), console)
     if not plan.groups:
         console.print("every step of every run is done: nothing would be submitted")

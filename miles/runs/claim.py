@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -147,6 +147,12 @@ def refuse_if_held(paths: RunPaths) -> None:
     number, holder = _newest(paths)
     if holder is not None and holder.identity.alive():
         raise _in_use(paths, number, holder)
+
+
+def refuse_any_held(runs: Sequence[RunPaths]) -> None:
+    """Raise RunError when a live process drives one of the runs."""
+    for paths in runs:
+        refuse_if_held(paths)
 
 
 def _holds(holder: Holder, claimant: Holder, live_jobs: Collection[int] | None) -> bool:

@@ -14,7 +14,7 @@ from miles.config.load import load_resolved, load_run
 from miles.config.overrides import spread_override
 from miles.config.schema import ReportStep, RlStep, RunConfig, SftStep
 from miles.reports.html import check_report
-from miles.runs.claim import refuse_if_held
+from miles.runs.claim import refuse_any_held, refuse_if_held
 from miles.runs.directory import check_config, create_run, run_directory, set_aside
 from miles.runs.paths import RunPaths
 from miles.runs.trackers import check_trackers
@@ -34,12 +34,6 @@ class Prepared:
     """Where an earlier run of the same name went."""
     changes: list[Change] = field(default_factory=list)
     """What changed in the config of a run that existed."""
-
-
-def refuse_any_held(runs: Sequence[RunPaths]) -> None:
-    """Raise RunError when a live process drives one of the runs."""
-    for paths in runs:
-        refuse_if_held(paths)
 
 
 def prepare_run(
@@ -70,7 +64,7 @@ def prepare_runs(
     runs = [run_directory(config) for config in configs]
     refuse_if_busy([paths for paths in runs if paths.root.exists()])
     checked = [_check(config, paths, fresh) for config, paths in zip(configs, runs, strict=True)]
-    check_all_inputs([(one.config, one.paths, one.steps) for one in checked])
+    check_all_inputs([one.inputs for one in checked])
     return [_make(one) for one in checked]
 
 
@@ -80,7 +74,7 @@ def preview_runs(configs: Sequence[RunConfig]) -> list[RunPaths]:
     Raises what `prepare_runs` raises, but for what only writing can find and for runs in use.
     """
     checked = [_check(config, run_directory(config), fresh=False) for config in configs]
-    check_all_inputs([(one.config, one.paths, one.steps) for one in checked])
+    check_all_inputs([one.inputs for one in checked])
     return [one.paths for one in checked]
 
 
@@ -91,7 +85,7 @@ def prepare_resume(paths: RunPaths, overrides: Sequence[str] = ()) -> Prepared:
     """
     refuse_if_held(paths)
     checked = _check(config_with(paths, overrides), paths, fresh=False)
-    check_all_inputs([(checked.config, checked.paths, checked.steps)])
+    check_all_inputs([checked.inputs])
     return _make(checked)
 
 
@@ -109,11 +103,17 @@ class _Checked:
 
     config: RunConfig
     paths: RunPaths
-    steps: list[str]
-    """Those that will run."""
-    aside: bool
+    aside: bool = False
     """Whether a run of this name is set aside before."""
+    to_do: list[PlannedStep] | None = None
+    """The steps that will run; None: all, in a new directory."""
     changes: list[Change] = field(default_factory=list)
+
+    @property
+    def inputs(self) -> tuple[RunConfig, RunPaths, Sequence[str]]:
+        """What the check of inputs looks at."""
+        names = self.config.steps if self.to_do is None else [planned.name for planned in self.to_do]
+        return self.config, self.paths, list(names)
 
 
 def _check(config: RunConfig, paths: RunPaths, fresh: bool) -> _Checked:
@@ -121,13 +121,13 @@ def _check(config: RunConfig, paths: RunPaths, fresh: bool) -> _Checked:
     exists = paths.root.exists()
     if fresh or not exists:
         _check_packages(config)
-        return _Checked(config, paths, list(config.steps), aside=exists)
+        return _Checked(config, paths, aside=exists)
     changes = check_config(paths, config)
     _check_packages(config)
-    to_do = [planned for planned in plan_run(config, paths) if planned.done is None]
+    to_do = _to_do(config, paths)
     for planned in to_do:
         refuse_changed_inputs(paths, planned)
-    return _Checked(config, paths, [planned.name for planned in to_do], aside=False, changes=changes)
+    return _Checked(config, paths, to_do=to_do, changes=changes)
 
 
 def _make(checked: _Checked) -> Prepared:
@@ -135,8 +135,12 @@ def _make(checked: _Checked) -> Prepared:
     config, paths = checked.config, checked.paths
     aside = set_aside(paths) if checked.aside else None
     create_run(config)
-    to_do = [planned for planned in plan_run(config, paths) if planned.done is None]
+    to_do = _to_do(config, paths) if checked.to_do is None else checked.to_do
     return Prepared(paths, to_do, aside, checked.changes)
+
+
+def _to_do(config: RunConfig, paths: RunPaths) -> list[PlannedStep]:
+    return [planned for planned in plan_run(config, paths) if planned.done is None]
 
 
 def _check_packages(config: RunConfig) -> None:

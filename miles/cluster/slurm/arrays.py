@@ -8,20 +8,18 @@ run's jobs are belongs to `miles.cluster.slurm.submit`, what the scripts say to 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from miles.cluster.slurm.commands import Slurm
 from miles.cluster.slurm.jobs import JobKind, JobRecord, append_job, read_jobs
 from miles.cluster.slurm.render import check_script, render_array, render_job
-from miles.cluster.slurm.spec import ArraySpec, array_spec, job_spec
-from miles.cluster.slurm.submit import PlannedJob, live_ids, partly_submitted, plan_jobs, refuse_live_jobs
+from miles.cluster.slurm.spec import ArraySpec, JobSpec, array_spec, job_spec
+from miles.cluster.slurm.submit import PlannedJob, claimed, partly_submitted, plan_jobs
 from miles.config.schema import RunConfig
 from miles.config.sweep import Sweep
 from miles.errors import ConfigError, MilesError
-from miles.runs.claim import Claim
 from miles.runs.directory import run_directory
 from miles.runs.files import disk_errors, write_atomic
 from miles.runs.paths import RunPaths
@@ -67,9 +65,8 @@ class ArrayPlan:
         """The runs that have something to do."""
         return [member for group in self.groups for member in group.members]
 
-    def spec(self, members: Sequence[Member], step: str, dependency: str | None = None) -> ArraySpec:
-        """The array of one step."""
-        jobs = {member.index: job_spec(member.config, step, member.paths, dependency=None) for member in members}
+    def spec(self, jobs: Mapping[int, JobSpec], dependency: str | None = None) -> ArraySpec:
+        """The array of one step's jobs (`job_specs`)."""
         return array_spec(self.sweep.name, self.sweep.directory, jobs, at_once=self.at_once, dependency=dependency)
 
 
@@ -88,6 +85,11 @@ class SubmittedArray:
         return f"job array {self.array}: step {self.step} of {of}{f', {self.dependency}' if self.dependency else ''}"
 
 
+def job_specs(members: Sequence[Member], step: str) -> dict[int, JobSpec]:
+    """The job of one step of each run, by the index of its element. Raises ConfigError as `job_spec` does."""
+    return {member.index: job_spec(member.config, step, member.paths, dependency=None) for member in members}
+
+
 def render_sweep(sweep: Sweep, step: str, at_once: int | None) -> list[str]:
     """The script of the array of one step, whether or not it is done, then those that its elements run.
 
@@ -100,9 +102,8 @@ def render_sweep(sweep: Sweep, step: str, at_once: int | None) -> list[str]:
             f"step '{step}': slurm.restart = \"chain\" with --sweep: a job array has no successors",
             fix="--set 'slurm.restart=\"requeue\"', or submit the runs one by one",
         )
-    array = ArrayPlan(sweep, [], at_once).spec(members, step)
-    own = (job_spec(member.config, step, member.paths, dependency=None) for member in members)
-    scripts = [render_array(array), *map(render_job, own)]
+    jobs = job_specs(members, step)
+    scripts = [render_array(ArrayPlan(sweep, [], at_once).spec(jobs)), *map(render_job, jobs.values())]
     # The runs differ in quoted words only: what bash cannot read in one, it can read in none.
     for script in scripts[:2]:
         check_script(script)
@@ -142,7 +143,7 @@ def submit_arrays(plan: ArrayPlan, slurm: Slurm) -> list[SubmittedArray]:
     # The claims keep a second submit out until every run has a job on record. For many runs that takes longer than
     # Slurm needs to start a job, which would find its run claimed: the first arrays are held meanwhile.
     try:
-        with _claimed(runs, slurm):
+        with claimed(runs, slurm):
             for group in plan.groups:
                 submission.submit(group, group.jobs[0], hold=True)
     finally:
@@ -151,21 +152,6 @@ def submit_arrays(plan: ArrayPlan, slurm: Slurm) -> list[SubmittedArray]:
         for job in group.jobs[1:]:
             submission.submit(group, job)
     return submission.arrays
-
-
-@contextmanager
-def _claimed(runs: Sequence[RunPaths], slurm: Slurm) -> Iterator[None]:
-    """All runs claimed, and ready to be submitted. Raises RunError when one goes on somewhere."""
-    with ExitStack() as claims:
-        live = live_ids(runs, slurm)
-        for paths in runs:
-            claims.enter_context(Claim.acquire(paths, live_jobs=live))
-        refuse_live_jobs(runs, slurm)
-        for paths in runs:
-            paths.stop_request.unlink(missing_ok=True)
-            with disk_errors(paths.scripts):
-                paths.scripts.mkdir(exist_ok=True)
-        yield
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,12 +190,12 @@ class _Submission:
             self.slurm.release(array)
 
     def _hand_over(self, group: Group, step: str, dependency: str | None, *, hold: bool) -> int:
+        jobs = job_specs(group.members, step)
         for member in group.members:
             # The array's script starts it as a program, so that its own first line counts.
-            own = render_job(job_spec(member.config, step, member.paths, dependency=None))
-            write_atomic(member.paths.script(step), own, mode=0o700)
+            write_atomic(member.paths.script(step), render_job(jobs[member.index]), mode=0o700)
         script = self.plan.sweep.directory / f"{step}.sbatch"
-        write_atomic(script, render_array(self.plan.spec(group.members, step, dependency)), mode=0o600)
+        write_atomic(script, render_array(self.plan.spec(jobs, dependency)), mode=0o600)
         return self.slurm.submit(script, hold=hold)
 
 

@@ -7,7 +7,8 @@ Owns the order and the dependencies of the jobs, and handing them over. What a s
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from miles.cluster.slurm.commands import Slurm
@@ -96,16 +97,27 @@ def submit_run(paths: RunPaths, slurm: Slurm) -> list[JobRecord]:
         records.append(_submit(paths, slurm, config, job, kind, records))
 
     # The claim keeps a second submit out until the first job is on record; the job itself begins after that.
-    with Claim.acquire(paths, live_jobs=live_ids([paths], slurm)):
-        refuse_live_jobs([paths], slurm)
-        paths.stop_request.unlink(missing_ok=True)
-        with disk_errors(paths.scripts):
-            paths.scripts.mkdir(exist_ok=True)
+    with claimed([paths], slurm):
         if jobs:
             submit(jobs[0])
     for job in jobs[1:]:
         submit(job)
     return records
+
+
+@contextmanager
+def claimed(runs: Sequence[RunPaths], slurm: Slurm) -> Iterator[None]:
+    """All runs claimed, and ready to be submitted. Raises RunError when one goes on somewhere."""
+    with ExitStack() as claims:
+        live = live_ids(runs, slurm)
+        for paths in runs:
+            claims.enter_context(Claim.acquire(paths, live_jobs=live))
+        refuse_live_jobs(runs, slurm)
+        for paths in runs:
+            paths.stop_request.unlink(missing_ok=True)
+            with disk_errors(paths.scripts):
+                paths.scripts.mkdir(exist_ok=True)
+        yield
 
 
 def live_ids(runs: Sequence[RunPaths], slurm: Slurm) -> frozenset[int]:
