@@ -7,21 +7,16 @@ float32 and writes benchmarks/results/agreement-megatron.json. The same measurem
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
-import platform
 import sys
 import tempfile
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-
-import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "training"))
 
 from layouts import Agreement, Case, run_cases  # noqa: E402
+from provenance import machine  # noqa: E402
 
 from miles.config.schema import Backend  # noqa: E402
 
@@ -78,28 +73,6 @@ def print_table(results: dict[Case, Agreement]) -> None:
     print(" " * width, *(f"{name:>16}" for name in columns))
     for case, agreement in results.items():
         print(f"{case!s:{width}}", *(f"{getattr(agreement, name):16.1e}" for name in columns))
-
-
-def machine() -> dict[str, str | int | None]:
-    """Where the figures were taken."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        **_versions("transformers", "megatron-core"),
-    }
-
-
-def _versions(*packages: str) -> dict[str, str]:
-    """Of those that are installed."""
-    found = {}
-    for package in packages:
-        with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
 
 
 if __name__ == "__main__":

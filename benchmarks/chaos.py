@@ -17,7 +17,6 @@ import itertools
 import json
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections import Counter
@@ -29,7 +28,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from agreement import machine  # noqa: E402
+from provenance import commit, machine  # noqa: E402
 
 from tests.chaos.audit import LOG_FINDING, audit  # noqa: E402
 from tests.chaos.kills import Kind, Life, Plan, torment  # noqa: E402
@@ -120,12 +119,11 @@ def recovery(life: Life, previous: Life | None) -> dict[str, Any]:
 
 
 def document(case: Case, seconds: float, runs: list[dict[str, Any]]) -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     kinds = Counter(kill["kind"] for run in runs for kill in run["kills"])
     submits = [submit for run in runs for submit in run["submits"] if submit["after"]]
     return {
         "machine": machine(),
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "case": str(case),
         "undisturbed_seconds": round(seconds, 1),
         "kills": sum(kinds.values()),

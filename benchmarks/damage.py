@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import errno
 import json
-import subprocess
 import sys
 import tempfile
 from dataclasses import asdict
@@ -23,7 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from agreement import machine  # noqa: E402
+from provenance import commit, machine  # noqa: E402
 
 from tests.chaos.damage import DAMAGES, Survival, needed_files, survive  # noqa: E402
 from tests.chaos.refusals import CHECKPOINTS, JOURNAL, REFUSALS, Refusal, refuse_journal, refuse_saves  # noqa: E402
@@ -81,10 +80,9 @@ def said(refusal: Refusal) -> None:
 
 
 def document(case: str, survivals: list[Survival], refusals: list[Refusal]) -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return {
         "machine": machine(),
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "case": case,
         "damaged_files": len({survival.file for survival in survivals}),
         "damages": len(survivals),

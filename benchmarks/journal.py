@@ -21,7 +21,6 @@ import argparse
 import json
 import os
 import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -38,7 +37,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from agreement import machine  # noqa: E402
+from provenance import commit, machine  # noqa: E402
 
 from miles.data.sample import FinishReason, Group, Prompt, Sample  # noqa: E402
 from miles.engines.embedded.model import load_runner  # noqa: E402
@@ -247,11 +246,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         step = measure_step(large, Path(directory))
     print(step, flush=True)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     record = {
         "machine": machine(),
         "load_average": round(os.getloadavg()[0], 1),
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "contents": measured,
         "large dense step": step,
     }

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from collections import Counter
@@ -27,7 +26,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from agreement import machine  # noqa: E402
+from provenance import commit, machine  # noqa: E402
 
 from tests.chaos.rehearsal import rehearse  # noqa: E402
 from tests.chaos.run import STAGE, WARMUP, Case  # noqa: E402
@@ -90,10 +89,9 @@ def sweep(
 
 
 def document(case: Case, name: str, changes: list[Change], died: list[Death]) -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return {
         "machine": machine(),
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "case": str(case),
         "stage": name,
         "changes": len(changes),

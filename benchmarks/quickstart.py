@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 import psutil
-from agreement import machine
+from provenance import commit, machine
 
 from miles.runs.metrics import read_metrics
 from miles.runs.paths import RunPaths
@@ -45,9 +45,8 @@ def main() -> None:
 
 
 def document(runs: list[dict]) -> dict:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     mean = {key: statistics.mean(run[key] for run in runs) for key in ("before", "after", "seconds")}
-    return {"machine": machine(), "commit": commit.stdout.strip(), "mean": mean, "runs": runs}
+    return {"machine": machine(), "commit": commit(), "mean": mean, "runs": runs}
 
 
 def run(seed: int, directory: Path) -> dict:

@@ -18,8 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests" / "training"), str(ROOT / "benchmarks")]
 
-from agreement import machine  # noqa: E402
 from layouts import Case  # noqa: E402
+from provenance import machine  # noqa: E402
 from state_pairs import Distance, Pair, run_pairs  # noqa: E402
 
 from miles.config.schema import Backend  # noqa: E402

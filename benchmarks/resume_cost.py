@@ -22,7 +22,6 @@ import random
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -33,7 +32,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from agreement import machine  # noqa: E402
+from provenance import commit, machine  # noqa: E402
 
 from miles.runs.attempts import read_attempts  # noqa: E402
 from miles.runs.endpoints import read_endpoints  # noqa: E402
@@ -74,8 +73,7 @@ def main() -> None:
             for kind in KINDS:
                 kills.append(one_kill(arguments.backend, kind, directory / f"{kind.name}-{round_}", seed=round_))
                 print(json.dumps(kills[-1]), flush=True)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    document = {"machine": machine(), "commit": commit.stdout.strip(), "backend": arguments.backend}
+    document = {"machine": machine(), "commit": commit(), "backend": arguments.backend}
     document |= {"checkpoint_every": EVERY, "flush_seconds": Case().flush_seconds, "save_stall": stalls}
     document |= {"by_kind": {kind: summary([k for k in kills if k["kind"] == kind]) for kind in KINDS}, "kills": kills}
     output.write_text(json.dumps(document, indent=1) + "\n")

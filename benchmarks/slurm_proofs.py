@@ -25,7 +25,6 @@ import json
 import random
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -40,7 +39,7 @@ import xxhash
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from agreement import machine  # noqa: E402
+from provenance import commit, machine  # noqa: E402
 from slurm_timings import Interruption, Kind, interrupt, summary  # noqa: E402
 
 from miles.runs.attempts import EndReason  # noqa: E402
@@ -135,10 +134,9 @@ def undisturbed(directory: Path, bed: Testbed, steps: int, *overrides: str, **ca
     sets = [f"slurm.nodes={NODES}", *overrides]
     user.miles("submit", str(file), *[word for override in sets for word in ("--set", override)])
     end_of(user, "proof")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return user, {
         "machine": machine(),
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "slurm": bed.run("sinfo", "--version"),
         "case": {"backend": "fsdp", "nodes": NODES, "steps": steps, **shape},
         "grace_seconds": bed.grace,

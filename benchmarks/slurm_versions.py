@@ -29,7 +29,7 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from agreement import machine  # noqa: E402
+from provenance import commit, machine  # noqa: E402
 from slurm_proofs import cluster, end_of, undisturbed  # noqa: E402
 
 from tests.slurm.torment import Blow, Torment, ledger, ledger_findings  # noqa: E402
@@ -52,8 +52,7 @@ def main() -> None:
     for part in arguments.part or PARTS:
         began = time.time()
         record = PARTS[part](arguments)
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-        head = {"commit": commit.stdout.strip(), "machine": machine(), "seconds": round(time.time() - began)}
+        head = {"commit": commit(), "machine": machine(), "seconds": round(time.time() - began)}
         results = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
         results.setdefault(version, {})[part] = head | record
         arguments.output.write_text(json.dumps(results, indent=1) + "\n")

@@ -35,7 +35,7 @@ import torch.distributed as dist
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from agreement import machine  # noqa: E402
+from provenance import commit, machine  # noqa: E402
 
 from miles.cluster.ports import choose_ports  # noqa: E402
 from miles.config.schema import EngineSection  # noqa: E402
@@ -263,11 +263,6 @@ def timed(work: Callable[[], object], device: torch.device, rounds: int) -> dict
 def _settle(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
-
-
-def commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip() or os.environ.get("MILES_COMMIT", "")
 
 
 if __name__ == "__main__":
