@@ -271,6 +271,11 @@ def _versions() -> str:
     return ", ".join(found)
 
 
+def format_time(seconds: float) -> str:
+    """A Unix time as `2026-11-23 08:30:00`, in this machine's time zone."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
 def format_duration(seconds: float) -> str:
     """`42 s`, `3 min 20 s` or `2 h 5 min`."""
     if not math.isfinite(seconds):

@@ -16,7 +16,7 @@ import jinja2
 
 from miles.errors import ConfigError
 from miles.reports.charts import Chart
-from miles.reports.content import MAX_TRANSCRIPT_CHARACTERS, Content, Stage, format_duration, read_content
+from miles.reports.content import MAX_TRANSCRIPT_CHARACTERS, Content, Stage, format_duration, format_time, read_content
 from miles.runs.files import disk_errors, write_atomic
 from miles.runs.paths import RunPaths
 
@@ -88,7 +88,7 @@ def render(content: Content, pictures: dict[tuple[str, str], Picture], timeline:
     environment.filters["number"] = format_number
     environment.filters["signed"] = _signed
     environment.filters["date"] = _date
-    environment.filters["second"] = _second
+    environment.filters["second"] = format_time
     environment.filters["duration"] = format_duration
     environment.filters["cut"] = _cut
     # Reinforcement learning first: its reward is what a reader came for.
@@ -118,10 +118,6 @@ def _signed(value: float) -> str:
 
 def _date(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
-
-
-def _second(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
 def _tiles(content: Content, stages: list[Stage]) -> list[Tile]:

@@ -69,6 +69,8 @@ class Bar:
     nodes: int
     until: float
     """Its end; of one without an end, its last sign of life."""
+    submitted: float | None
+    """When its job was submitted; None: it ran in none, or no ledger knows it."""
 
     @property
     def ending(self) -> Ending:
@@ -185,8 +187,9 @@ def timeline_of(
         if later is None and attempt.ended is None and running_at is not None:
             until = max(until, running_at)
         job = str(record.id if record else attempt.place.job) if attempt.place else ""
-        bars.append(Bar(attempt, job, len(attempt.place.nodes) if attempt.place else 1, until))
-    waits, busy = _waits(bars, jobs)
+        nodes = len(attempt.place.nodes) if attempt.place else 1
+        bars.append(Bar(attempt, job, nodes, until, record.time if record else None))
+    waits, busy = _waits(bars)
     made = _made(bars, lines)
     return Timeline(bars, waits, _reached(made), busy, _new_step_seconds(made))
 
@@ -208,14 +211,16 @@ def _last_sign(attempt: Attempt, lines: Sequence[MetricsLine], next_start: float
     return max(own, default=attempt.started)
 
 
-def _waits(bars: Sequence[Bar], jobs: Sequence[JobRecord]) -> tuple[list[Wait], float]:
+def _waits(bars: Sequence[Bar]) -> tuple[list[Wait], float]:
     """The times in which nothing ran, and the seconds in which something did."""
     waits: list[Wait] = []
     busy, end = 0.0, None
     for bar in sorted(bars, key=lambda bar: bar.attempt.started):
-        start, record = bar.attempt.started, _submission(bar.attempt, jobs)
-        since = end if end is not None else record.time if record else start
-        queued = start if bar.attempt.place is None else max(since, record.time) if record else since
+        start, submitted = bar.attempt.started, bar.submitted
+        since = end if end is not None else start if submitted is None else submitted
+        queued = since if submitted is None else max(since, submitted)
+        if bar.attempt.place is None:
+            queued = start
         for begin, until, in_queue in ((since, queued, False), (queued, start, True)):
             if begin < until:
                 waits.append(Wait(bar.attempt.step, begin, until, in_queue))

@@ -6,7 +6,6 @@ Owns the drawing. What it shows belongs to `miles.reports.timeline`.
 from __future__ import annotations
 
 import io
-from datetime import datetime
 from xml.sax.saxutils import escape
 
 import matplotlib
@@ -17,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from miles.reports.content import format_duration
+from miles.reports.content import format_duration, format_time
 from miles.reports.figures import INK, PAPER, SERIES_COLOURS, STYLE, themed
 from miles.reports.timeline import Bar, Timeline
 
@@ -157,8 +156,8 @@ def _identity(bar: Bar) -> str:
 
 
 def _tooltip(bar: Bar) -> str:
-    start = datetime.fromtimestamp(bar.attempt.started).strftime("%Y-%m-%d %H:%M:%S")
     lasted = "" if bar.seconds is None else f" after {format_duration(bar.seconds)}"
     reason = bar.attempt.reason.value if bar.attempt.reason else bar.ending.label
     place = f", {bar.place}" if bar.place else ""
+    start = format_time(bar.attempt.started)
     return f"attempt {bar.attempt.number} of {bar.attempt.step}{place}: {start}, {reason}{lasted}"
