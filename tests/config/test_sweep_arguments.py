@@ -6,20 +6,11 @@ import pytest
 
 from miles.config.sweep import MAX_NAME, load_sweep, parse_axis
 from miles.errors import ConfigError
+from tests.two_stages import STEPS
 
-RUN = """
+RUN = f"""
 name = "demo"
-[steps.prepare]
-kind = "tiny-task"
-[steps.warmup]
-kind = "sft"
-model = "step:prepare/model"
-data = "step:prepare/demonstrations.jsonl"
-[steps.grpo]
-kind = "rl"
-model = "step:warmup/model"
-data = "step:prepare/train.jsonl"
-"""
+{STEPS}"""
 
 
 @pytest.fixture

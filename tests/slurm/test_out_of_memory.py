@@ -25,10 +25,6 @@ SLURMS_WORDS = "slurmstepd: error: Detected 1 oom_kill event in StepId={job}.0.\
 """As Slurm writes them where a cgroup bounds the memory, which takes more rights than a test has."""
 
 
-def reasons(user: User) -> list[EndReason | None]:
-    return [attempt.reason for attempt in read_attempts(user.run()) if attempt.step == STAGE]
-
-
 def test_a_run_that_dies_at_once_on_every_start_stops_and_says_of_what(slurm: Testbed, tmp_path: Path) -> None:
     user = User(tmp_path, slurm)
     user.miles("submit", str(write_short_run(tmp_path, steps=2, setup='["ulimit -v 700000"]')))
@@ -36,7 +32,7 @@ def test_a_run_that_dies_at_once_on_every_start_stops_and_says_of_what(slurm: Te
     user.until_state("failed")
     state = slurm.wait_state(job, "FAILED", restarts=2)
     assert (state["Restarts"], state["ExitCode"]) == ("2", "4:0"), "two attempts, and one look at the budget"
-    assert reasons(user) == [EndReason.OUT_OF_MEMORY] * 2
+    assert user.reasons(stage=STAGE) == [EndReason.OUT_OF_MEMORY] * 2
     told = user.miles("explain", "proof")
     assert f"step '{STAGE}' failed: out-of-memory" in told
     assert "made no progress" in told
@@ -44,7 +40,7 @@ def test_a_run_that_dies_at_once_on_every_start_stops_and_says_of_what(slurm: Te
     assert process_findings(user.run()) == []
     user.miles("resume", "proof", "--set", "slurm.setup=[]")
     user.until_state("done")
-    assert reasons(user) == [EndReason.OUT_OF_MEMORY] * 2 + [EndReason.FINISHED]
+    assert user.reasons(stage=STAGE) == [EndReason.OUT_OF_MEMORY] * 2 + [EndReason.FINISHED]
 
 
 @pytest.mark.slow
@@ -67,7 +63,7 @@ def test_a_run_that_is_killed_and_got_further_goes_on(slurm: Testbed, tmp_path: 
     slurm.wait_state(job, "RUNNING", restarts=2, seconds=120)
 
     user.until_state("done")
-    assert reasons(user) == [EndReason.TRAINER_CRASH, EndReason.OUT_OF_MEMORY, EndReason.FINISHED]
+    assert user.reasons(stage=STAGE) == [EndReason.TRAINER_CRASH, EndReason.OUT_OF_MEMORY, EndReason.FINISHED]
     killed = next(attempt for attempt in read_attempts(paths) if attempt.reason is EndReason.TRAINER_CRASH)
     assert "was killed by SIGKILL (the system does that when memory runs out)" in killed.detail
     assert len(read_jobs(paths)) == 2, "the job came back by itself"

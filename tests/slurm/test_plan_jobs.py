@@ -16,24 +16,12 @@ from miles.runs.directory import create_run
 from miles.runs.paths import RunPaths
 from miles.workflow.done import write_done
 from miles.workflow.plan import plan_run
+from tests.two_stages import STEPS
 
-RUN = """
+RUN = f"""
 name = "run"
-runs_dir = "{directory}/runs"
-
-[steps.prepare]
-kind = "tiny-task"
-
-[steps.warmup]
-kind = "sft"
-model = "step:prepare/model"
-data = "step:prepare/demonstrations.jsonl"
-
-[steps.grpo]
-kind = "rl"
-model = "step:warmup/model"
-data = "step:prepare/train.jsonl"
-rewards = [{{ grader = "exact" }}]
+runs_dir = "{{directory}}/runs"
+{STEPS}rewards = [{{{{ grader = "exact" }}}}]
 
 [steps.report]
 kind = "report"

@@ -77,9 +77,9 @@ class User:
     def until_step(self, step: int, name: str = "proof") -> None:
         self.until(lambda: last_step(self.run(name)) >= step, f"step {step} does not come", name)
 
-    def reasons(self, name: str = "proof") -> list[EndReason | None]:
-        """How the attempts of the stage ended."""
-        return [attempt.reason for attempt in read_attempts(self.run(name)) if attempt.step == STAGE]
+    def reasons(self, name: str = "proof", stage: str = STAGE) -> list[EndReason | None]:
+        """How the attempts of a stage ended."""
+        return [attempt.reason for attempt in read_attempts(self.run(name)) if attempt.step == stage]
 
     def fork(self, name: str, *overrides: str) -> RunPaths:
         """A run whose stage is to begin from the warm start of the undisturbed one."""

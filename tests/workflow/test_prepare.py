@@ -9,6 +9,7 @@ from miles.errors import ConfigError, RunError
 from miles.runs.claim import Claim
 from miles.runs.files import read_json_lines
 from miles.workflow.prepare import prepare_resume, prepare_run
+from tests.two_stages import STEPS
 
 RUN = """
 name = "demo"
@@ -17,20 +18,10 @@ runs_dir = "{runs}"
 kind = "report"
 """
 
-TRAINING = """
+TRAINING = f"""
 name = "demo"
-runs_dir = "{runs}"
-[steps.prepare]
-kind = "tiny-task"
-[steps.warmup]
-kind = "sft"
-model = "step:prepare/model"
-data = "step:prepare/demonstrations.jsonl"
-[steps.grpo]
-kind = "rl"
-model = "step:warmup/model"
-data = "step:prepare/train.jsonl"
-"""
+runs_dir = "{{runs}}"
+{STEPS}"""
 
 
 @pytest.fixture

@@ -15,23 +15,14 @@ from miles.runs.samples import SampleRecord, write_samples
 from miles.workflow.done import write_done
 from miles.workflow.plan import PlannedStep, plan_run
 from miles.workflow.stage import STAGES, open_stage
+from tests.two_stages import STEPS
 
-RUN = """
+RUN = f"""
 name = "demo"
-runs_dir = "{runs}"
+runs_dir = "{{runs}}"
 [checkpoint]
 keep_last = 2
-[steps.prepare]
-kind = "tiny-task"
-[steps.warmup]
-kind = "sft"
-model = "step:prepare/model"
-data = "step:prepare/demonstrations.jsonl"
-[steps.grpo]
-kind = "rl"
-model = "step:warmup/model"
-data = "step:prepare/train.jsonl"
-[steps.report]
+{STEPS}[steps.report]
 kind = "report"
 """
 
