@@ -13,21 +13,18 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from miles.cluster.containers import container_command
-from miles.cluster.slurm.jobs import read_jobs
 from miles.config.cluster import ContainerSection
-from miles.runs.attempts import EndReason, read_attempts
-from miles.runs.paths import RunPaths
+from miles.runs.attempts import EndReason
 from slurm.testbed import Testbed, wait_text
-from tests.chaos.audit import checkpoint_findings, metric_findings, process_findings, weight_findings
-from tests.chaos.run import STAGE, Case, last_step
+from slurm.user import User
+from tests.chaos.run import STAGE, Case
 
 REPOSITORY = Path(__file__).parents[2]
 PYTHON = shutil.which("python3", path="/usr/bin:/usr/local/bin")
@@ -230,7 +227,7 @@ wait $srun
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_run_of_two_nodes_in_containers_is_preempted_and_ends_with_the_same_bits(
-    apptainer: str, image: Path, slurm: Testbed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    apptainer: str, image: Path, slurm: Testbed, tmp_path: Path
 ) -> None:
     file = Case(steps=5, checkpoint_every=2, eval_every=5, hidden_size=64).write(tmp_path / "files")
     (tmp_path / "contained.toml").write_text(f"""extends = "{file}"
@@ -240,35 +237,15 @@ slurm.setup = ["export APPTAINER_USERNS=1 PATH={Path(apptainer).parent}:$PATH"]
 container = {{ runtime = "apptainer", image = "{image}", binds = {own_programs()} }}
 steps.{STAGE}.slurm.nodes = 2
 """)
-    monkeypatch.chdir(tmp_path)
-    whole, preempted = RunPaths(tmp_path / "runs" / "proof"), RunPaths(tmp_path / "runs" / "preempted")
-    miles("submit", "contained.toml")
-    until(lambda: _is_done(whole), "the run is not done")
+    user = User(tmp_path, slurm)
+    user.miles("submit", "contained.toml")
+    user.until_state("done")
 
-    miles("fork", "proof", "preempted", "--stage", STAGE, "--from", "start")
-    miles("resume", "preempted")
-    until(lambda: last_step(preempted) >= 2, "step 2 does not come")
-    slurm.preempt(read_jobs(preempted)[-1].job)
-    until(lambda: _is_done(preempted), "the preempted run is not done")
+    preempted = user.fork("preempted")
+    user.miles("resume", "preempted")
+    user.until_step(2, "preempted")
+    slurm.preempt(user.job("preempted"))
+    user.until_state("done", "preempted")
 
-    ends = [attempt.reason for attempt in read_attempts(preempted) if attempt.step == STAGE]
-    assert ends == [EndReason.PREEMPTED, EndReason.FINISHED]
-    assert [
-        *weight_findings(preempted, whole, (STAGE,)),
-        *metric_findings(preempted, whole, (STAGE,)),
-        *checkpoint_findings(preempted, (STAGE,)),
-        *process_findings(preempted),
-    ] == []
-
-
-def _is_done(paths: RunPaths) -> bool:
-    state = json.loads(miles("status", str(paths.root), "--json"))["state"]
-    assert state not in ("failed", "stopped"), miles("explain", str(paths.root))
-    return state == "done"
-
-
-def until(true: Callable[[], bool], what: str) -> None:
-    end = time.monotonic() + 400
-    while not true():
-        assert time.monotonic() < end, what
-        time.sleep(1)
+    assert user.reasons("preempted") == [EndReason.PREEMPTED, EndReason.FINISHED]
+    assert user.settled(preempted) == []
