@@ -282,7 +282,7 @@ class CheckpointSection(Section):
     """When the trainer's state is saved, and which of its checkpoints are kept."""
 
     every: MayChange[Literal["auto"] | PositiveInt] = "auto"
-    """Training steps between checkpoints; `auto`: by the measured cost of a save and rate of failures (Daly 2006)."""
+    """Training steps between checkpoints; `auto`: by the measured stall of a save and rate of failures (Daly 2006)."""
     mtbf_hours: MayChange[PositiveFloat] = 12.0
     """Expected hours between interruptions, for `auto`; the run's own ledger corrects it."""
     asynchronous: MayChange[bool] = True

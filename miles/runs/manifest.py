@@ -61,6 +61,9 @@ class CheckpointInfo:
     world_size: int
     """Ranks that wrote it."""
     save_seconds: float
+    """From the beginning of the save until it was on disk."""
+    stall_seconds: float
+    """Of these, for how long training stood still."""
     metrics: dict[str, float]
     """Of the step; what is not finite is NaN."""
     trackers: dict[str, str]

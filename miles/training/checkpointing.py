@@ -65,6 +65,7 @@ class Checkpointer:
         self._writing: _Writing | None = None
         self._saved_step = 0
         self._save_seconds: float | None = None
+        self._stall_seconds = 0.0
         self._last_began = time.monotonic()
 
     def restore(self) -> Restored:
@@ -112,6 +113,7 @@ class Checkpointer:
             return
         self._writing = _Writing(step, draft, pending, dict(metrics or {}), start)
         self._writing.start()
+        self._writing.stalled = time.monotonic() - start
         if not self._section.asynchronous:
             self.complete()
 
@@ -121,14 +123,15 @@ class Checkpointer:
             return None
         running = torch.tensor(int(self._writing.is_alive()))
         dist.all_reduce(running, dist.ReduceOp.MAX)
-        return None if running else self._commit()
+        return None if running else self._commit(time.monotonic())
 
     def complete(self) -> int | None:
         """Wait for the save in progress and commit it; returns its step when that succeeded."""
         if self._writing is None:
             return None
+        start = time.monotonic()
         self._writing.join()
-        return self._commit()
+        return self._commit(start)
 
     def save_last(self, step: int, *, metrics: Mapping[str, float] | None = None, extra: Extra | None = None) -> bool:
         """Save the state after `step` before the process ends, if it is not saved and time suffices; whether it is."""
@@ -190,7 +193,7 @@ class Checkpointer:
         self._trainer.load_state(directory / TRAINER_STATE)
         _restore_rng(directory / "rng" / _rng_file(dist.get_rank()))
         self._saved_step = step
-        self._save_seconds = manifest.info.save_seconds
+        self._save_seconds, self._stall_seconds = manifest.info.save_seconds, manifest.info.stall_seconds
         self._context.stop.last_save_seconds = manifest.info.save_seconds
         if self._context.is_rank_zero:
             log.info("checkpoint of step %d loaded in %.1f s: %s", step, time.monotonic() - start, directory)
@@ -203,11 +206,13 @@ class Checkpointer:
             return True
         if self._section.every != "auto":
             return step % self._section.every == 0
+        if self._writing is not None:
+            return False
         if self._save_seconds is None:
-            return self._writing is None
+            return True
         attempts = read_attempts(self._context.paths)
         mtbf = mean_time_between_failures(attempts, prior=3600 * self._section.mtbf_hours, now=time.time())
-        return time.monotonic() - self._last_began >= save_interval(self._save_seconds, mtbf, repeated_fraction)
+        return time.monotonic() - self._last_began >= save_interval(self._stall_seconds, mtbf, repeated_fraction)
 
     def _time_for_a_save(self) -> bool:
         expected = self._save_seconds or 0.0
@@ -234,14 +239,18 @@ class Checkpointer:
                         extra(draft)
         return from_rank_zero(draft)
 
-    def _commit(self) -> int | None:
-        """Complete a save that every rank has written; returns its step, or None when it failed anywhere."""
+    def _commit(self, waiting_since: float) -> int | None:
+        """Complete a save that every rank has written; returns its step, or None when it failed anywhere.
+
+        `waiting_since`: when training last stood still for it, by the monotonic clock.
+        """
         assert self._writing is not None
         writing, self._writing = self._writing, None
         try:
             writing.finalize()
             sums: list[dict[str, FileSum]] = [{}] * dist.get_world_size()
             dist.all_gather_object(sums, writing.sums)
+            writing.stalled += time.monotonic() - waiting_since
             with together(RunError):
                 if self._context.is_rank_zero:
                     self._commit_files(writing, {name: each for part in sums for name, each in part.items()})
@@ -253,7 +262,7 @@ class Checkpointer:
                 self._store.abandon(writing.draft)
             return None
         self._saved_step = writing.step
-        self._save_seconds = time.monotonic() - writing.began
+        self._save_seconds, self._stall_seconds = time.monotonic() - writing.began, writing.stalled
         self._context.stop.last_save_seconds = self._save_seconds
         return writing.step
 
@@ -269,6 +278,7 @@ class Checkpointer:
             backend=self._backend,
             world_size=dist.get_world_size(),
             save_seconds=seconds,
+            stall_seconds=writing.stalled,
             metrics=writing.metrics,
             trackers=tracker_ids(self._context.paths),
         )
@@ -305,6 +315,8 @@ class _Writing(Thread):
         self.metrics = metrics
         self.began = began
         self.created = time.time()
+        self.stalled = 0.0
+        """Seconds for which training stood still."""
         self.sums: dict[str, FileSum] = {}
         self._pending = pending
         self._rng = _rng_states()

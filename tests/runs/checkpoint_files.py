@@ -33,7 +33,9 @@ def store(root: Path, fence: Fence | None = None) -> CheckpointStore:
 
 def info(step: int, metrics: dict[str, float] | None = None) -> CheckpointInfo:
     return CheckpointInfo(
-        *("grpo", step, 3, 1.5e9, "f1" * 16, "fsdp", 2, 0.25), metrics=metrics or {"loss": 0.1}, trackers={"wandb": "ü"}
+        *("grpo", step, 3, 1.5e9, "f1" * 16, "fsdp", 2, 0.25, 0.05),
+        metrics=metrics or {"loss": 0.1},
+        trackers={"wandb": "ü"},
     )
 
 

@@ -81,7 +81,7 @@ number = st.floats(allow_nan=False, allow_infinity=False)
             CheckpointInfo,
             **{name: text for name in ("stage", "inputs", "backend")},
             **{name: st.integers(0, 10**9) for name in ("step", "attempt", "world_size")},
-            **{name: number for name in ("created", "save_seconds")},
+            **{name: number for name in ("created", "save_seconds", "stall_seconds")},
             metrics=st.dictionaries(text, number, max_size=3),
             trackers=st.dictionaries(text, text, max_size=3),
         ),

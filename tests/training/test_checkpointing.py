@@ -17,6 +17,7 @@ from miles.errors import RunError
 from miles.runs.checkpoints import CheckpointStore
 from miles.runs.claim import Fence
 from miles.runs.paths import RunPaths
+from miles.training.backend import PendingSave
 from miles.training.checkpointing import Checkpointer
 from miles.training.context import Context
 from miles.training.distributed import StopRequest
@@ -189,6 +190,28 @@ def test_automatic_intervals_begin_with_a_first_save(model_dir, context) -> None
     often = checkpointer(context, new_trainer(model_dir), mtbf_hours=1e-9)
     often.restore()
     assert often.due(2)
+
+
+def test_automatic_intervals_weigh_the_stall_and_wait_for_the_save_in_progress(model_dir, context, monkeypatch) -> None:
+    """With a failure every 5 s, a stall of up to 0.3 s is worth a save every 2 s; the 2 s of writing are not."""
+    trainer = new_trainer(model_dir)
+    begin = trainer.begin_save
+
+    def slowly(directory: Path) -> PendingSave:
+        pending = begin(directory)
+        write = pending.write
+        monkeypatch.setattr(pending, "write", lambda: (time.sleep(2.0), write()))
+        return pending
+
+    monkeypatch.setattr(trainer, "begin_save", slowly)
+    saver = checkpointer(context, trainer, mtbf_hours=5 / 3600)
+    saver.begin(1)
+    assert not saver.due(2)
+    while saver.poll() is None:
+        time.sleep(0.01)
+    info = store(context).read(1).info
+    assert 0 < info.stall_seconds < 0.5 and info.save_seconds > 2.0
+    assert saver.due(2)
 
 
 def test_the_last_save_is_made_when_time_suffices(model_dir, context) -> None:

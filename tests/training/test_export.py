@@ -64,7 +64,7 @@ def run(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[RunPaths, dict[
         expected = weights(trainer)
     finally:
         leave_process_group()
-    store.commit(draft, CheckpointInfo("warmup", 2, 1, time.time(), "f00", backend, 1, 1.0, {}, {}), {})
+    store.commit(draft, CheckpointInfo("warmup", 2, 1, time.time(), "f00", backend, 1, 1.0, 0.1, {}, {}), {})
     return paths, expected
 
 

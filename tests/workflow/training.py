@@ -33,7 +33,7 @@ def save(paths: RunPaths, stage: str, step: int, *, seconds: float = 0.0, **metr
     draft = store.draft(step)
     (draft / "trainer").mkdir()
     (draft / "trainer/state").write_text(f"weights after step {step}")
-    info = CheckpointInfo(stage, step, 1, time.time(), "f00", "fsdp", 1, seconds, metrics, {})
+    info = CheckpointInfo(stage, step, 1, time.time(), "f00", "fsdp", 1, seconds, seconds, metrics, {})
     return store.commit(draft, info, {})
 
 
