@@ -81,8 +81,8 @@ def interrupt(user: User, name: str, kind: Kind, *, on_disk: int, dice: random.R
     restarts = int(bed.show(job)["Restarts"])
     drawn = tokens_drawn(paths, attempt)
     step = max(line.step for line in read_metrics(paths) if line.stage == STAGE)
-    asked = _interrupt(user, job, kind)
-    while int(bed.show(job)["Restarts"]) == restarts:
+    asked = _interrupt(user, job, kind, restarts)
+    while not _restarted(user, job, restarts):
         if kind is Kind.LIMIT:
             drawn = tokens_drawn(paths, attempt, drawn)
         time.sleep(POLL_SECONDS)
@@ -110,25 +110,43 @@ def interrupt(user: User, name: str, kind: Kind, *, on_disk: int, dice: random.R
     return record, kept
 
 
-def _interrupt(user: User, job: int, kind: Kind) -> float | None:
+def _interrupt(user: User, job: int, kind: Kind, restarts: int) -> float | None:
     """Do it; when the job was told, None where nobody outside can see that."""
     bed = user.bed
     asked: float | None = time.time()
     match kind:
         case Kind.TERM | Kind.USR1:
             bed.preempt(job)
-            _wait(lambda: bed.show(job).get("PreemptTime", "None") != "None", POLL_SECONDS)
-            asked = time.time()
+            # Without a grace time the job may be gone before Slurm has shown when it was preempted.
+            _wait(lambda: _preempted(user, job) or _restarted(user, job, restarts), POLL_SECONDS)
+            asked = time.time() if _preempted(user, job) else None
         case Kind.KILL:
             bed.run("scancel", "--signal=KILL", f"{job}.0")  # to the whole job it would cancel it
-            bed.run("scontrol", "requeue", job)
+            _requeue(user, job, restarts)
         case Kind.NODE:
             bed.set_down(stage_nodes(user, job)[-1])
         case Kind.REQUEUE:
-            bed.run("scontrol", "requeue", job)
+            _requeue(user, job, restarts)
         case Kind.LIMIT:
             asked = None
     return asked
+
+
+def _preempted(user: User, job: int) -> bool:
+    return user.bed.show(job).get("PreemptTime", "None") != "None"
+
+
+def _restarted(user: User, job: int, restarts: int) -> bool:
+    return int(user.bed.show(job)["Restarts"]) > restarts
+
+
+def _requeue(user: User, job: int, restarts: int) -> None:
+    """Put the job back into the queue, unless its own batch script was faster."""
+    try:
+        user.bed.run("scontrol", "requeue", job)
+    except RuntimeError:
+        if not _restarted(user, job, restarts):
+            raise
 
 
 def stage_nodes(user: User, job: int) -> list[str]:
