@@ -299,7 +299,7 @@ class JournalSection(Section):
     """The journal of rollouts: what was generated is on disk before anybody depends on it."""
 
     flush_seconds: MayChange[PositiveFloat] = 5.0
-    """Finished and partial responses reach the disk this often; a killed run loses at most this much generation."""
+    """Responses, partial ones too, reach the disk within this: a killed run loses at most this much generation."""
     keep: MayChange[Literal["needed", "all"]] = "needed"
     """`needed`: back to the oldest kept checkpoint; `all`: every step of the run."""
 

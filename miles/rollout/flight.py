@@ -42,7 +42,7 @@ class Generating:
     chunk_seconds: float | None = None
     """About how long one request generates, so that partial responses come back; None: to the end."""
     shortest_chunk: int = 64
-    """Tokens that a request may generate at least."""
+    """Tokens that a request may generate at least: what it costs to ask again is not to be noticed."""
 
 
 @dataclass(frozen=True, slots=True)

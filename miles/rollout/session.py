@@ -76,8 +76,10 @@ class RolloutSession:
         self._open_step: OpenStep | None = None
         self._collection: StepCollection | None = None
         if isinstance(step, RlStep):
-            self._train_flight = self._flight(step.rollout.temperature, chunk_seconds=step.journal.flush_seconds)
-            self._flusher = Flusher(self.journal, step.journal.flush_seconds)
+            # A token waits for the rest of its request, and then for the next flush: a kill loses both at most.
+            half = step.journal.flush_seconds / 2
+            self._train_flight = self._flight(step.rollout.temperature, chunk_seconds=half)
+            self._flusher = Flusher(self.journal, half)
 
     def restore(self, batch: Batch | None, open_step: OpenStep | None) -> None:
         """Stand where the rollout stood after the step of `batch` (None: before the first), with what the journal
