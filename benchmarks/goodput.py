@@ -227,9 +227,7 @@ def comparisons(seeds: int) -> Iterator[dict[str, Any]]:
         for hours in PREEMPTION_HOURS:
             for limit in LIMIT_HOURS:
                 for grace in GRACE_SECONDS:
-                    if not size.quick:
-                        yield compare(size, seeds, preemption_hours=hours, limit_hours=limit, grace=grace)
-                    elif (limit, grace) == (LIMIT_HOURS[0], GRACE_SECONDS[0]):
+                    if not size.quick or (limit, grace) == (LIMIT_HOURS[0], GRACE_SECONDS[0]):
                         yield compare(size, seeds, preemption_hours=hours, limit_hours=limit, grace=grace)
 
 
