@@ -57,6 +57,13 @@ class OtherUser(User):
         object.__setattr__(self, "python", str(python))
 
     @property
+    def python_binds(self) -> list[str]:
+        """What a container needs of this machine's for that Python and its packages."""
+        directory = Path(self.python).parents[1]
+        packages = next(directory.glob("lib/python*/site-packages"))
+        return [f"{directory}:{directory}:ro", *([f"{PACKAGES}:{packages}:ro"] if packages != PACKAGES else [])]
+
+    @property
     def environment(self) -> dict[str, str]:
         home = {"HOME": str(self.directory), "USER": NAME, "LOGNAME": NAME, "SHELL": "/bin/bash"}
         libraries = str(Path(self.python).parents[1] / "lib")
@@ -92,6 +99,7 @@ def _copy_python(directory: Path) -> Path:
     program = shutil.copy2(base / "bin" / version, directory / "bin")
     left_out = shutil.ignore_patterns("site-packages", "test", "tests", "idlelib", "tkinter", "config-*", "*.a")
     shutil.copytree(base / "lib" / version, directory / "lib" / version, ignore=left_out)
+    (directory / "lib" / version / "site-packages").mkdir()  # to mount the packages on
     for library in (base / "lib").glob("libpython*.so*"):
         shutil.copy2(library, directory / "lib")
     return Path(program)

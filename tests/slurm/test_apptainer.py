@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 import shlex
 import shutil
 import signal
@@ -22,6 +23,7 @@ import pytest
 from miles.cluster.containers import container_command
 from miles.config.cluster import ContainerSection
 from miles.runs.attempts import EndReason
+from slurm.other_user import NAME, OtherUser, why_not
 from slurm.testbed import Testbed, wait_text
 from slurm.user import User
 from tests.chaos.run import STAGE, Case
@@ -90,9 +92,17 @@ def image(apptainer: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (directory / "small.def").write_text(DEFINITION)
     built = directory / "small.sif"
     miles("container", "build", "--def", str(directory / "small.def"), str(built))
-    for place in (directory, *directory.parents[:2]):
-        place.chmod(0o755)
+    anybody_may_pass(directory)
     return built
+
+
+def anybody_may_pass(directory: Path) -> None:
+    """Into a directory below pytest's own."""
+    for place in (directory, *directory.parents):
+        if place.name.startswith("pytest-of-"):
+            break
+        place.chmod(0o755)
+    place.chmod(0o755)
 
 
 def miles(*arguments: str, code: int = 0) -> str:
@@ -131,8 +141,7 @@ def run_dir(tmp_path: Path, user: int) -> Path:
     made = tmp_path / "run"
     made.mkdir()
     os.chown(made, user, -1)
-    for place in (tmp_path, *tmp_path.parents[:2]):
-        place.chmod(0o755)
+    anybody_may_pass(tmp_path)
     return made
 
 
@@ -224,28 +233,47 @@ wait $srun
     assert ended["ExitCode"] == "75:0", out.read_text()
 
 
+@pytest.fixture(params=["this", "nobody"])
+def person(request: pytest.FixtureRequest, slurm: Testbed, tmp_path: Path) -> User:
+    """Who submits, in a directory of their own."""
+    directory = tmp_path / "user"
+    directory.mkdir()
+    if request.param == "this":
+        return User(directory, slurm)
+    if problem := why_not():
+        pytest.skip(problem)
+    anybody_may_pass(directory)
+    return OtherUser(directory, slurm)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_run_of_two_nodes_in_containers_is_preempted_and_ends_with_the_same_bits(
-    apptainer: str, image: Path, slurm: Testbed, tmp_path: Path
+    apptainer: str, image: Path, slurm: Testbed, person: User
 ) -> None:
-    file = Case(steps=5, checkpoint_every=2, eval_every=5, hidden_size=64).write(tmp_path / "files")
-    (tmp_path / "contained.toml").write_text(f"""extends = "{file}"
-runs_dir = "{tmp_path}/runs"
-slurm.python = "{sys.executable}"
+    file = person.write(Case(steps=5, checkpoint_every=2, eval_every=5, hidden_size=64))
+    ordinary = isinstance(person, OtherUser)
+    (person.directory / "contained.toml").write_text(f"""extends = "{file}"
+slurm.python = "{person.python if ordinary else sys.executable}"
 slurm.setup = ["export APPTAINER_USERNS=1 PATH={Path(apptainer).parent}:$PATH"]
-container = {{ runtime = "apptainer", image = "{image}", binds = {own_programs()} }}
 steps.{STAGE}.slurm.nodes = 2
+
+[container]
+runtime = "apptainer"
+image = "{image}"
+binds = {["/usr:/usr:ro", *person.python_binds] if ordinary else own_programs()}
+env = ["LD_LIBRARY_PATH"]
 """)
-    user = User(tmp_path, slurm)
-    user.miles("submit", "contained.toml")
-    user.until_state("done")
+    person.miles("submit", "contained.toml")
+    person.until_state("done")
 
-    preempted = user.fork("preempted")
-    user.miles("resume", "preempted")
-    user.until_step(2, "preempted")
-    slurm.preempt(user.job("preempted"))
-    user.until_state("done", "preempted")
+    preempted = person.fork("preempted")
+    person.miles("resume", "preempted")
+    person.until_step(2, "preempted")
+    slurm.preempt(person.job("preempted"))
+    person.until_state("done", "preempted")
 
-    assert user.reasons("preempted") == [EndReason.PREEMPTED, EndReason.FINISHED]
-    assert user.settled(preempted) == []
+    assert person.reasons("preempted") == [EndReason.PREEMPTED, EndReason.FINISHED]
+    assert person.settled(preempted) == []
+    owners = {path.owner() for path in preempted.root.rglob("*")}
+    assert owners == {NAME if ordinary else pwd.getpwuid(os.getuid()).pw_name}
