@@ -23,6 +23,7 @@ from tests.chaos.run import STAGE, Submit, finish, kill, processes, python_path,
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.timeout(1200),  # a server takes a minute to start, three times
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
     pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="needs SGLang"),
 ]
