@@ -90,7 +90,7 @@ class Checkpointer:
         """Whether the state after `step` is to be saved now; the same answer on every rank.
 
         With `every = "auto"` the first save comes after the first step, so that a disk that cannot take it is noticed
-        early and its cost is known.
+        early and its cost is known. None begins while one is being written.
         """
         due = self._due(step, repeated_fraction) if self._context.is_rank_zero else None
         return from_rank_zero(due)

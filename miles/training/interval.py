@@ -18,7 +18,8 @@ PLANNED_ENDS = (EndReason.FINISHED, EndReason.STOPPED, EndReason.TIME_LIMIT)
 def save_interval(save_seconds: float, mtbf_seconds: float, repeated_fraction: float = 1.0) -> float:
     """Seconds of work between two saves that cost `save_seconds` each, with a failure every `mtbf_seconds`.
 
-    Of a save in the background only that counts for which training stands still.
+    Of a save in the background, `save_seconds` are those for which training stands still.
+
     `repeated_fraction` is the share of lost work that has to be done again. With a journal that is the trainer's
     part of a step: the responses are there. Failures then cost less, as if they were that much rarer.
     """
