@@ -137,7 +137,7 @@ def small() -> Size:
             "generate": "ASSUMPTION: 70 % of a step, as in runs of slurm-tormented.json",
             "save": "measured: a save in the foreground, resume-cost-megatron.json",
             "stall": "measured: a save in the background, resume-cost-megatron.json",
-            "startup": "measured: median of slurm-interruptions.json; on two cores with 15 to 24 busy processes",
+            "startup": "measured: median of slurm-interruptions.json, on two busy cores",
             "lost_by_kill": "measured: mean tokens lost by kill -9, resume-cost-megatron.json",
         },
         quick=True,
